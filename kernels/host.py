@@ -1,0 +1,113 @@
+"""CPU back end: the kernels compiled by CMake for the host, called through ctypes on NumPy arrays.
+
+Arguments arrive checked by ops.py. The library lies beside this file; it must have been built from the
+sources that lie here now.
+"""
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import numpy as np
+
+from . import BackendError, source
+
+LIBRARY = Path(__file__).parent / "libkernels_host.so"
+
+_P, _L, _I, _F, _U = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int, ctypes.c_float, ctypes.c_uint
+_SIGNATURES = {
+    "bias_act_": [_P, _P, _P, _L, _L],
+    "bias_act_backward_": [_P, _P, _P, _P, _P, _L, _L],
+    "softmax_xent": [_P, _P, _P, _P, _P, _L, _I, _F],
+    "adam": [_P, _P, _P, _P, _L, _F, _F, _F, _F, _F, _F, _I],
+    "sgd": [_P, _P, _P, _L, _F, _F, _F],
+    "gather": [_P, _P, _P, _P, _P, _P, _L, _L, _I, _I, _F, _F, _F, _U, _U],
+}
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """Load the library once; BackendError where it is missing, unloadable or built from other sources."""
+    if not LIBRARY.exists():
+        raise BackendError(f"the fused CPU kernels are not built: {LIBRARY} is missing; run `make build`")
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        raise BackendError(f"{LIBRARY} cannot be loaded ({error}); run `make build`") from None
+    library.kernels_source_hash.restype = ctypes.c_char_p
+    if library.kernels_source_hash().decode() != source.digest():
+        raise BackendError(f"{LIBRARY} was built from other sources than {source.DIRECTORY}; run `make build`")
+    set_threads(_default_threads(), library)
+    return library
+
+
+def _default_threads() -> int:
+    """KERNELS_NUM_THREADS, else the number of cores this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    value = os.environ.get("KERNELS_NUM_THREADS", str(cores))
+    if not value.isdecimal() or int(value) < 1:
+        raise BackendError(f"KERNELS_NUM_THREADS={value!r} is not a positive whole number")
+    return int(value)
+
+
+def set_threads(threads: int, library: ctypes.CDLL | None = None) -> None:
+    """Let large ops use up to `threads` threads, the caller's among them. Results do not depend on it."""
+    (library or _library()).kernels_set_workers(ctypes.c_int(threads - 1))
+
+
+@functools.cache
+def _function(name: str, activation: str = ""):
+    function = getattr(_library(), name + activation)
+    function.argtypes = _SIGNATURES[name]
+    function.restype = None
+    return function
+
+
+def _pointer(array):
+    return None if array is None else array.__array_interface__["data"][0]
+
+
+def check() -> None:
+    """Raise BackendError unless the library is there, loads and matches the sources."""
+    _library()
+
+
+def bias_act(z, bias, activation, y):
+    _function("bias_act_", activation)(_pointer(z), _pointer(bias), _pointer(y), *z.shape)
+
+
+def bias_act_backward(dy, saved, bias, activation, dz, dbias):
+    _function("bias_act_backward_", activation)(
+        _pointer(dy), _pointer(saved), _pointer(bias), _pointer(dz), _pointer(dbias), *dy.shape
+    )
+
+
+def softmax_cross_entropy(logits, labels, scale, dlogits, loss, totals):
+    _function("softmax_xent")(
+        _pointer(logits), _pointer(labels), _pointer(dlogits), _pointer(loss), _pointer(totals), *logits.shape, scale
+    )
+
+
+def adam_step(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay, decoupled):
+    _function("adam")(
+        _pointer(p), _pointer(g), _pointer(m), _pointer(v), p.size,
+        float(step), float(lr), 1.0 - beta1, 1.0 - beta2, eps, weight_decay, int(decoupled),
+    )  # fmt: skip
+
+
+def sgd_step(p, g, velocity, lr, momentum, weight_decay):
+    _function("sgd")(_pointer(p), _pointer(g), _pointer(velocity), p.size, float(lr), momentum, weight_decay)
+
+
+def gather_batch(images, labels, index, affine, out_x, out_y, side, mean, scale, noise_sigma, seed):
+    _function("gather")(
+        _pointer(images), _pointer(labels), _pointer(index), _pointer(affine), _pointer(out_x), _pointer(out_y),
+        index.size, images.shape[0], images.shape[1], side, mean, scale, noise_sigma,
+        seed & 0xFFFFFFFF, seed >> 32,
+    )  # fmt: skip
+
+
+def empty(shape, dtype=np.float32, like=None):
+    """An uninitialised array beside `like`: the allocation that ops.py uses for results."""
+    return np.empty(shape, dtype)

@@ -1,0 +1,279 @@
+"""The public ops: check the arguments, pick the back end by the kind of array, launch.
+
+Every op takes NumPy, CuPy or torch arrays (torch without a copy, through DLPack), C-contiguous, float32
+unless said otherwise, all of one kind and on one device. Results go into `out=` where it is given. Nothing
+synchronises with the GPU. A wrong kind or dtype raises TypeError, a wrong shape or layout ValueError; both
+name the argument and what was expected. BackendError says that the compiled kernels are missing.
+
+Letters: B rows of the batch, N columns, C classes, P parameters, M images, D pixels.
+"""
+
+import functools
+import math
+import sys
+
+import numpy as np
+
+from . import BackendError
+
+ACTIVATIONS = ("identity", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh")
+
+
+def _backend(array):
+    """The module that holds the compiled ops for this kind of array."""
+    if isinstance(array, np.ndarray):
+        from . import host
+
+        return host
+    if type(array).__module__.partition(".")[0] == "cupy":
+        from . import cuda
+
+        return cuda
+    raise TypeError(f"expected NumPy, CuPy or torch arrays, got {type(array).__name__}")
+
+
+def _is_torch(x) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def _from_torch(tensor):
+    """A NumPy or CuPy view of a tensor's memory."""
+    if tensor.requires_grad:
+        raise TypeError("a tensor that requires grad cannot be passed to an op; pass tensor.detach()")
+    if tensor.device.type == "cpu":
+        return tensor.numpy()
+    if tensor.device.type != "cuda":
+        raise TypeError(f"expected a tensor on cpu or cuda, got one on {tensor.device}")
+    try:
+        import cupy
+    except ImportError:
+        raise BackendError("ops on CUDA tensors need CuPy; run `pip install cupy-cuda12x`") from None
+    return cupy.from_dlpack(tensor)
+
+
+def _accepts_torch(op):
+    """Let `op` take and return torch tensors, on torch's current device and stream."""
+
+    @functools.wraps(op)
+    def wrapped(*args, **kwargs):
+        if type(args[0]) is np.ndarray or not _is_torch(args[0]):
+            return op(*args, **kwargs)
+        import torch
+
+        views = {}
+
+        def convert(x):
+            if not _is_torch(x):
+                return x
+            view = _from_torch(x)
+            views[id(view)] = (view, x)
+            return view
+
+        def restore(x):
+            if isinstance(x, tuple):
+                return tuple(map(restore, x))
+            return views[id(x)][1] if id(x) in views else None if x is None else torch.from_dlpack(x)
+
+        def call():
+            return restore(op(*map(convert, args), **{name: convert(x) for name, x in kwargs.items()}))
+
+        if args[0].device.type != "cuda":
+            return call()
+        import cupy
+
+        stream = torch.cuda.current_stream(args[0].device)
+        with cupy.cuda.Device(args[0].device.index), cupy.cuda.ExternalStream(stream.cuda_stream):
+            return call()
+
+    return wrapped
+
+
+def _check(name, array, like, dtype, *shape):
+    """Raise unless `array` is of the kind of `like`, has the dtype and shape (None: any length) and is C-contiguous."""
+    if type(array) is not type(like):
+        raise TypeError(f"{name} must be a {type(like).__module__} array like the others, got {type(array).__name__}")
+    if array.dtype != dtype:
+        raise TypeError(f"{name} must have dtype {np.dtype(dtype)}, got {array.dtype} with shape {array.shape}")
+    if len(array.shape) != len(shape) or any(n is not None and n != got for n, got in zip(shape, array.shape)):
+        expected = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ("," if len(shape) == 1 else "") + ")"
+        raise ValueError(f"{name} must have shape {expected}, got {array.shape}")
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{name} must be C-contiguous, got shape {array.shape} with strides {array.strides}")
+
+
+def _check_output(name, array, like, dtype, *shape):
+    _check(name, array, like, dtype, *shape)
+    if isinstance(array, np.ndarray) and not array.flags.writeable:
+        raise ValueError(f"{name} must be writeable, got a read-only array of shape {array.shape}")
+
+
+def _check_activation(activation):
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+def _check_number(name, value, low=-math.inf, high=math.inf):
+    """Raise unless low <= value < high (value finite)."""
+    if not (low <= value < high) or math.isinf(value):
+        raise ValueError(f"{name} must be a finite number in [{low:g}, {high:g}), got {value!r}")
+
+
+@_accepts_torch
+def bias_act(z, bias, activation="relu", out=None):
+    """act(z + bias): z (B, N), bias (N,) -> (B, N). `out` may be z.
+
+    activation: identity, relu, leaky_relu (slope 0.01), silu, gelu (erf) or gelu_tanh (tanh approximation),
+    as in torch.nn.functional.
+    """
+    backend = _backend(z)
+    _check("z", z, z, np.float32, None, None)
+    _check("bias", bias, z, np.float32, z.shape[1])
+    _check_activation(activation)
+    if out is None:
+        out = backend.empty(z.shape, like=z)
+    else:
+        _check_output("out", out, z, np.float32, *z.shape)
+    backend.bias_act(z, bias, activation, out)
+    return out
+
+
+@_accepts_torch
+def bias_act_backward(dy, saved, activation="relu", bias=None, out=None, bias_grad=None):
+    """The gradients of bias_act: dy, saved (B, N) -> dz (B, N), dbias (N,), in one pass over dy and saved.
+
+    saved: the pre-activation z + bias, or z where `bias` (N,) is given too; for relu, leaky_relu and identity
+    bias_act's output serves as well. dbias = dz.sum(0), added in a fixed order. `out` may be dy.
+    """
+    backend = _backend(dy)
+    _check("dy", dy, dy, np.float32, None, None)
+    _check("saved", saved, dy, np.float32, *dy.shape)
+    _check_activation(activation)
+    if bias is not None:
+        _check("bias", bias, dy, np.float32, dy.shape[1])
+    if out is None:
+        out = backend.empty(dy.shape, like=dy)
+    else:
+        _check_output("out", out, dy, np.float32, *dy.shape)
+    if bias_grad is None:
+        bias_grad = backend.empty(dy.shape[1:], like=dy)
+    else:
+        _check_output("bias_grad", bias_grad, dy, np.float32, dy.shape[1])
+    backend.bias_act_backward(dy, saved, bias, activation, out, bias_grad)
+    return out, bias_grad
+
+
+@_accepts_torch
+def softmax_cross_entropy(logits, labels, scale=None, out=None, totals=None):
+    """Loss and gradient: logits (B, C), labels int32 (B,) -> loss (0-d), dlogits (B, C).
+
+    loss = scale * sum of the row losses -log softmax(logits)[label]; scale defaults to 1 / B, which makes it
+    the mean; an explicit scale lets chunks of a larger batch add up. dlogits is its gradient. A label outside
+    [0, C) or a NaN logit makes the loss and that row of dlogits NaN. `out` may be logits.
+    totals: float64 (2,), to which the sum of the row losses and the number of rows whose label is the first
+    largest logit are added: an epoch's loss and accuracy without leaving the device.
+    """
+    backend = _backend(logits)
+    _check("logits", logits, logits, np.float32, None, None)
+    B, C = logits.shape
+    if C < 1:
+        raise ValueError(f"logits must have at least one class, got shape {logits.shape}")
+    _check("labels", labels, logits, np.int32, B)
+    scale = (1.0 / B if B else math.nan) if scale is None else float(scale)
+    if out is None:
+        out = backend.empty(logits.shape, like=logits)
+    else:
+        _check_output("out", out, logits, np.float32, B, C)
+    if totals is not None:
+        _check_output("totals", totals, logits, np.float64, 2)
+    loss = backend.empty((), like=logits)
+    backend.softmax_cross_entropy(logits, labels, scale, out, loss, totals)
+    return loss, out
+
+
+def _check_scalar(name, value, like, low):
+    """A number >= low, or a float32 array of one element beside `like`, which the kernel reads when it runs."""
+    if hasattr(value, "dtype") and getattr(value, "size", 0) == 1 and type(value) is type(like):
+        _check(name, value, like, np.float32, *value.shape)
+    else:
+        _check_number(name, value, low)
+
+
+@_accepts_torch
+def adam_step(p, g, m, v, *, step, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=False):
+    """One Adam step on flat arrays (P,), in place on p, m and v, in one launch (Kingma & Ba 2015).
+
+    As torch.optim.Adam: weight_decay * p is added to the gradient g, or with decoupled=True as
+    torch.optim.AdamW: p shrinks by lr * weight_decay. step counts from 1; step and lr may also be float32
+    arrays of one element on the device of p. Returns None.
+    """
+    backend = _backend(p)
+    _check_output("p", p, p, np.float32, None)
+    _check("g", g, p, np.float32, p.size)
+    _check_output("m", m, p, np.float32, p.size)
+    _check_output("v", v, p, np.float32, p.size)
+    _check_scalar("step", step, p, 1)
+    _check_scalar("lr", lr, p, 0.0)
+    _check_number("beta1", beta1, 0.0, 1.0)
+    _check_number("beta2", beta2, 0.0, 1.0)
+    _check_number("eps", eps, 0.0)
+    _check_number("weight_decay", weight_decay, 0.0)
+    backend.adam_step(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay, decoupled)
+
+
+@_accepts_torch
+def sgd_step(p, g, velocity=None, *, lr, momentum=0.0, weight_decay=0.0):
+    """One SGD step on flat arrays (P,), in place on p and velocity, in one launch, as torch.optim.SGD.
+
+    velocity may be None where momentum is 0. lr may be a float32 array of one element on the device of p.
+    Returns None.
+    """
+    backend = _backend(p)
+    _check_output("p", p, p, np.float32, None)
+    _check("g", g, p, np.float32, p.size)
+    _check_scalar("lr", lr, p, 0.0)
+    _check_number("momentum", momentum, 0.0)
+    _check_number("weight_decay", weight_decay, 0.0)
+    if velocity is not None:
+        _check_output("velocity", velocity, p, np.float32, p.size)
+    elif momentum:
+        raise ValueError(f"velocity must be an array of shape {p.shape} where momentum is {momentum}, got None")
+    backend.sgd_step(p, g, velocity, lr, momentum, weight_decay)
+
+
+@_accepts_torch
+def gather_batch(
+    images, labels, index, *, out_x=None, out_y=None, mean=0.0, scale=1.0, noise_sigma=0.0, seed=0, affine=None
+):
+    """A batch from a uint8 dataset: images (M, D) uint8, labels (M,) int32, index (B,) int32
+    -> x (B, D) float32 = (pixel / 255 + noise_sigma * normal - mean) * scale, y (B,) int32.
+
+    The noise depends on `seed` (64 bits), the image's index and the pixel alone, so it is the same for any
+    batch size and order (Philox4x32-10, Salmon et al. 2011). affine: float32 (B, 2, 3), for square images:
+    the matrix that takes an output pixel's (column, row, 1) from the centre to the source pixel's, sampled
+    bilinearly, 0 outside. An index outside [0, M) gives a NaN row and label -1.
+    """
+    backend = _backend(images)
+    _check("images", images, images, np.uint8, None, None)
+    M, D = images.shape
+    _check("labels", labels, images, np.int32, M)
+    _check("index", index, images, np.int32, None)
+    B, side = index.size, math.isqrt(D)
+    if affine is not None:
+        _check("affine", affine, images, np.float32, B, 2, 3)
+        if side * side != D:
+            raise ValueError(f"affine needs square images, got {D} pixels")
+    _check_number("mean", mean)
+    _check_number("scale", scale)
+    _check_number("noise_sigma", noise_sigma, 0.0)
+    _check_number("seed", seed, 0, 2**64)
+    if out_x is None:
+        out_x = backend.empty((B, D), like=images)
+    else:
+        _check_output("out_x", out_x, images, np.float32, B, D)
+    if out_y is None:
+        out_y = backend.empty((B,), np.int32, like=images)
+    else:
+        _check_output("out_y", out_y, images, np.int32, B)
+    backend.gather_batch(images, labels, index, affine, out_x, out_y, side, mean, scale, noise_sigma, int(seed))
+    return out_x, out_y

@@ -1,0 +1,87 @@
+// Adam and SGD over one flat arena of parameters: the whole model in one launch.
+//
+// Adam (Kingma & Ba 2015, algorithm 1, with the L2 and decoupled weight decay of torch.optim.Adam/AdamW):
+//   p <- p (1 - lr wd)  if decoupled, else  g <- g + wd p
+//   m <- b1 m + (1 - b1) g;   v <- b2 v + (1 - b2) g^2
+//   p <- p - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
+// SGD (torch.optim.SGD):  g <- g + wd p;  u <- mu u + g;  p <- p - lr u
+//
+// p, g, m, v: (P,) float32. Bytes per element: Adam reads 16 and writes 12; SGD with momentum reads 12
+// and writes 8. Launch: grid-stride, 256 threads, 16-byte accesses; no element depends on another.
+#pragma once
+#include "common.cuh"
+
+struct AdamConstants {
+  float complement1, complement2; // 1 - beta1, 1 - beta2
+  float beta1, beta2, eps, weight_decay;
+  float step_size;       // lr / (1 - beta1^t)
+  float root_correction; // 1 / sqrt(1 - beta2^t)
+  float shrink;          // what decoupled decay leaves of p: 1 - lr * weight_decay, else 1
+};
+
+// The betas come in as their complements, rounded once from float64: 1.0f - 0.999f is off by 5e-5.
+// For the same reason 1 - beta^t is computed as -expm1(t log1p(-complement)).
+DEVICE AdamConstants adam_constants(float step, float lr, float complement1, float complement2, float eps,
+                                    float weight_decay, int decoupled) {
+  AdamConstants c;
+  c.complement1 = complement1;
+  c.complement2 = complement2;
+  c.beta1 = 1.0f - complement1;
+  c.beta2 = 1.0f - complement2;
+  c.eps = eps;
+  c.weight_decay = decoupled ? 0.0f : weight_decay;
+  c.step_size = lr / -expm1f(step * log1pf(-complement1));
+  c.root_correction = 1.0f / sqrtf(-expm1f(step * log1pf(-complement2)));
+  c.shrink = decoupled ? 1.0f - lr * weight_decay : 1.0f;
+  return c;
+}
+
+DEVICE void adam_element(float& p, float g, float& m, float& v, const AdamConstants& c) {
+  g += c.weight_decay * p;
+  m = c.beta1 * m + c.complement1 * g;
+  v = c.beta2 * v + c.complement2 * g * g;
+  p = c.shrink * p - c.step_size * m / (sqrtf(v) * c.root_correction + c.eps);
+}
+
+DEVICE void sgd_element(float& p, float g, float& velocity, float lr, float momentum, float weight_decay) {
+  velocity = momentum * velocity + (g + weight_decay * p);
+  p -= lr * velocity;
+}
+
+DEVICE void adam_range(Range range, float* p, const float* g, float* m, float* v, AdamConstants c) {
+  range.for_each(aligned16(p, g, m, v), [=](auto width, index_t i) {
+    constexpr int W = decltype(width)::value;
+    Pack<W> pp = load<W>(p + i), mm = load<W>(m + i), vv = load<W>(v + i);
+    const Pack<W> gg = load<W>(g + i);
+    UNROLL for (int k = 0; k < W; ++k) adam_element(pp[k], gg[k], mm[k], vv[k], c);
+    store(p + i, pp);
+    store(m + i, mm);
+    store(v + i, vv);
+  });
+}
+
+// `velocity` may be null where momentum is 0: it is then neither read nor written.
+DEVICE void sgd_range(Range range, float* p, const float* g, float* velocity, float lr, float momentum,
+                      float weight_decay) {
+  if (velocity) {
+    range.for_each(aligned16(p, g, velocity), [=](auto width, index_t i) {
+      constexpr int W = decltype(width)::value;
+      Pack<W> pp = load<W>(p + i), uu = load<W>(velocity + i);
+      const Pack<W> gg = load<W>(g + i);
+      UNROLL for (int k = 0; k < W; ++k) sgd_element(pp[k], gg[k], uu[k], lr, momentum, weight_decay);
+      store(p + i, pp);
+      store(velocity + i, uu);
+    });
+  } else {
+    range.for_each(aligned16(p, g), [=](auto width, index_t i) {
+      constexpr int W = decltype(width)::value;
+      Pack<W> pp = load<W>(p + i);
+      const Pack<W> gg = load<W>(g + i);
+      UNROLL for (int k = 0; k < W; ++k) {
+        float fresh = 0.0f;
+        sgd_element(pp[k], gg[k], fresh, lr, 0.0f, weight_decay);
+      }
+      store(p + i, pp);
+    });
+  }
+}

@@ -1,0 +1,133 @@
+// A training batch from a uint8 dataset: gather, cast, optional affine warp and noise, normalise.
+//
+//   x[b, d] = (pixel / 255 + noise_sigma n(b, d) - mean) scale,   y[b] = labels[index[b]]
+//
+// images: (M, D) uint8; index, labels: int32; x: (B, D) float32. pixel is images[index[b], d], or with
+// `affine` the bilinear value at the source position of output pixel (column, row) of a square image, 0
+// outside it: affine[b] = (a00 a01 a02; a10 a11 a12) maps output (column, row) to source (column, row),
+// both relative to the image centre (the inverse map, as in torch's affine_grid, but in pixels).
+// n is standard normal from Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+// 2011), counter (pixel / 4, index[b], 0, 0), key = seed: it depends on the seed, the image and the pixel
+// alone, so a run can be replayed with any batch size on any device. Box-Muller makes it normal.
+// An index outside [0, M) gives a NaN row and label -1.
+// Bytes per element: 5. Launch: flat, grid-stride, one thread per 4 pixels.
+#pragma once
+#include "common.cuh"
+
+struct Normals { float v[4]; };
+
+struct GatherSettings {
+  float mean, scale, noise_sigma;
+  unsigned seed_low, seed_high;
+  int D, side;          // side: sqrt(D) where affine is used
+  index_t M;
+};
+
+DEVICE unsigned multiply_high(unsigned a, unsigned b) { return (unsigned)(((unsigned long long)a * b) >> 32); }
+
+DEVICE void philox4x32(unsigned (&c)[4], unsigned k0, unsigned k1) {
+  for (int round = 0; round < 10; ++round) {
+    const unsigned h0 = multiply_high(0xD2511F53u, c[0]), l0 = 0xD2511F53u * c[0];
+    const unsigned h1 = multiply_high(0xCD9E8D57u, c[2]), l1 = 0xCD9E8D57u * c[2];
+    c[0] = h1 ^ c[1] ^ k0;
+    c[1] = l1;
+    c[2] = h0 ^ c[3] ^ k1;
+    c[3] = l0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+}
+
+// 23 bits of x as a number in (0, 1), never 0 or 1: exact in float32, so every device agrees.
+DEVICE float unit_interval(unsigned x) { return ((float)(x >> 9) + 0.5f) * (1.0f / 8388608.0f); }
+
+DEVICE Normals normals(unsigned quad, unsigned image, unsigned seed_low, unsigned seed_high) {
+  unsigned c[4] = {quad, image, 0u, 0u};
+  philox4x32(c, seed_low, seed_high);
+  Normals n;
+  UNROLL for (int k = 0; k < 4; k += 2) {
+    const float radius = sqrtf(-2.0f * logf(unit_interval(c[k])));
+    n.v[k] = radius * cosine_of_turns(unit_interval(c[k + 1]));
+    n.v[k + 1] = radius * sine_of_turns(unit_interval(c[k + 1]));
+  }
+  return n;
+}
+
+DEVICE float pixel_or_zero(const unsigned char* image, int column, int row, int side) {
+  return column >= 0 && column < side && row >= 0 && row < side ? (float)image[row * side + column] : 0.0f;
+}
+
+DEVICE float warped_pixel(const unsigned char* image, const float* a, int d, int side) {
+  const float centre = 0.5f * (side - 1);
+  const float u = d % side - centre, v = d / side - centre;
+  const float column = a[0] * u + a[1] * v + a[2] + centre, row = a[3] * u + a[4] * v + a[5] + centre;
+  if (!(column > -1.0f && column < side && row > -1.0f && row < side)) return 0.0f;
+  const float left = floorf(column), top = floorf(row), fx = column - left, fy = row - top;
+  const int c = (int)left, r = (int)top;
+  const float upper = pixel_or_zero(image, c, r, side) * (1.0f - fx) + pixel_or_zero(image, c + 1, r, side) * fx;
+  const float lower =
+      pixel_or_zero(image, c, r + 1, side) * (1.0f - fx) + pixel_or_zero(image, c + 1, r + 1, side) * fx;
+  return upper * (1.0f - fy) + lower * fy;
+}
+
+DEVICE float normalise(float p, const GatherSettings& s) { return (p - s.mean) * s.scale; }
+
+// The up to 4 pixels from d on of one row of the batch. `affine` is the row's matrix or null.
+DEVICE void gather_quad(const GatherSettings& s, const unsigned char* images, index_t source, const float* affine,
+                        float* x, int d) {
+  if (source < 0 || source >= s.M) {
+    for (int k = 0; k < 4 && d + k < s.D; ++k) x[d + k] = not_a_number();
+    return;
+  }
+  const unsigned char* const image = images + source * s.D;
+  Pack<4> p;
+  UNROLL for (int k = 0; k < 4; ++k) {
+    const int e = d + k < s.D ? d + k : s.D - 1;
+    p[k] = (affine ? warped_pixel(image, affine, e, s.side) : (float)image[e]) * (1.0f / 255.0f);
+  }
+  if (s.noise_sigma != 0.0f) {
+    const Normals n = normals(d / 4, (unsigned)source, s.seed_low, s.seed_high);
+    UNROLL for (int k = 0; k < 4; ++k) p[k] += s.noise_sigma * n.v[k];
+  }
+  UNROLL for (int k = 0; k < 4; ++k) p[k] = normalise(p[k], s);
+  if (s.D % 4 == 0 && aligned16(x)) store(x + d, p);
+  else for (int k = 0; k < 4 && d + k < s.D; ++k) x[d + k] = p[k];
+}
+
+DEVICE int gather_label(const int* labels, index_t source, index_t M) {
+  return source >= 0 && source < M ? labels[source] : -1;
+}
+
+#ifdef __CUDACC__
+
+DEVICE void gather_grid(const GatherSettings& s, const unsigned char* images, const int* labels, const int* index,
+                        const float* affine, float* x, int* y, index_t B) {
+  const index_t quads = (s.D + 3) / 4, total = B * quads;
+  const index_t thread = blockIdx.x * (index_t)blockDim.x + threadIdx.x;
+  for (index_t q = thread; q < total; q += gridDim.x * (index_t)blockDim.x) {
+    const index_t b = q / quads;
+    const int d = 4 * (int)(q - b * quads);
+    gather_quad(s, images, index[b], affine ? affine + 6 * b : nullptr, x + b * s.D, d);
+    if (d == 0) y[b] = gather_label(labels, index[b], s.M);
+  }
+}
+
+#else
+
+// One worker's rows. The plain case is a loop of its own because the general one does not vectorise.
+DEVICE void gather_rows(Rows rows, const GatherSettings& s, const unsigned char* images, const int* labels,
+                        const int* index, const float* affine, float* x, int* y) {
+  for (index_t b = rows.begin; b < rows.end; ++b) {
+    const index_t source = index[b];
+    float* const row = x + b * s.D;
+    if (source >= 0 && source < s.M && !affine && s.noise_sigma == 0.0f) {
+      const unsigned char* const image = images + source * s.D;
+      INDEPENDENT for (int d = 0; d < s.D; ++d) row[d] = normalise(image[d] * (1.0f / 255.0f), s);
+    } else {
+      for (int d = 0; d < s.D; d += 4) gather_quad(s, images, source, affine ? affine + 6 * b : nullptr, row, d);
+    }
+    y[b] = gather_label(labels, source, s.M);
+  }
+}
+
+#endif

@@ -1,0 +1,145 @@
+// The vocabulary every kernel is written in: groups, packs and index loops.
+//
+// One source, two compilers. Under NVRTC or nvcc a group is a warp of 32 lanes and a loop is
+// grid-strided with 16-byte accesses. Under g++ or clang (host/vocabulary.h) a group is one lane
+// and a loop is a plain contiguous one that the compiler vectorises. Formulas see only these names.
+#pragma once
+
+#ifdef __CUDACC__
+#define DEVICE __device__ __forceinline__
+#define UNROLL _Pragma("unroll")
+#define INDEPENDENT
+#else
+#define DEVICE inline __attribute__((always_inline))
+#define UNROLL
+#ifdef __clang__
+#define INDEPENDENT _Pragma("clang loop vectorize(enable) interleave(enable)")
+#else
+#define INDEPENDENT _Pragma("GCC ivdep")
+#endif
+#endif
+
+typedef long long index_t;
+
+template <int W> struct Width { static constexpr int value = W; };
+
+// W consecutive floats: one 16-byte access for W = 4.
+template <int W> struct Pack {
+  float v[W];
+  DEVICE float& operator[](int k) { return v[k]; }
+  DEVICE float operator[](int k) const { return v[k]; }
+};
+
+#ifndef __CUDACC__
+#include "host/vocabulary.h"
+#else
+
+template <int W> DEVICE Pack<W> load(const float* p) {
+  Pack<W> r;
+  if constexpr (W == 4) {
+    const float4 q = *reinterpret_cast<const float4*>(p);
+    r.v[0] = q.x; r.v[1] = q.y; r.v[2] = q.z; r.v[3] = q.w;
+  } else {
+    UNROLL for (int k = 0; k < W; ++k) r.v[k] = p[k];
+  }
+  return r;
+}
+
+template <int W> DEVICE void store(float* p, const Pack<W>& x) {
+  if constexpr (W == 4) *reinterpret_cast<float4*>(p) = make_float4(x.v[0], x.v[1], x.v[2], x.v[3]);
+  else UNROLL for (int k = 0; k < W; ++k) p[k] = x.v[k];
+}
+
+DEVICE float infinity() { return __int_as_float(0x7f800000); }
+DEVICE float not_a_number() { return __int_as_float(0x7fffffff); }
+DEVICE float exponential(float x) { return expf(x); }
+DEVICE float error_function(float x) { return erff(x); }
+DEVICE float cosine_of_turns(float x) { return cospif(2.0f * x); }
+DEVICE float sine_of_turns(float x) { return sinpif(2.0f * x); }
+
+template <class... P> DEVICE bool aligned16(const P*... p) {
+  return ((reinterpret_cast<unsigned long long>(p) | ...) & 15) == 0;
+}
+
+// The warp that works on one row of C columns: lane l has the columns l, l + 32, ..., and f(k, j) gets the
+// k-th of them, j. With ITEMS > 0 (C <= 32 ITEMS) the loops unroll, so that k can index registers.
+// Reductions are butterflies: every lane gets the result, always added in the same order.
+struct Group {
+  DEVICE static int lane() { return threadIdx.x & 31; }
+  template <int ITEMS, class F> DEVICE static void for_each(int C, F f) {
+    if constexpr (ITEMS > 0) {
+      UNROLL for (int k = 0; k < ITEMS; ++k) if (lane() + 32 * k < C) f(k, lane() + 32 * k);
+    } else {
+      for (int j = lane(); j < C; j += 32) f(0, j);
+    }
+  }
+  template <int ITEMS, class F> DEVICE static float sum(int C, F f) {
+    float x = 0.0f;
+    for_each<ITEMS>(C, [&](int k, int j) { x += f(k, j); });
+    UNROLL for (int d = 16; d > 0; d >>= 1) x += __shfl_xor_sync(0xffffffffu, x, d);
+    return x;
+  }
+  template <int ITEMS, class F> DEVICE static float max(int C, F f) {  // NaN is passed over
+    float x = -infinity();
+    for_each<ITEMS>(C, [&](int k, int j) { x = fmaxf(x, f(k, j)); });
+    UNROLL for (int d = 16; d > 0; d >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, d));
+    return x;
+  }
+  template <int ITEMS, class F> DEVICE static bool any(int C, F f) {
+    bool x = false;
+    for_each<ITEMS>(C, [&](int k, int j) { x = x || f(k, j); });
+    return __any_sync(0xffffffffu, x);
+  }
+};
+
+// The elements [0, n) of flat arrays that belong to this thread: f(Width<W>, i), W elements from i on.
+// `vector` says that every array starts on 16 bytes.
+struct Range {
+  index_t n;
+  template <class F> DEVICE void for_each(bool vector, F f) const {
+    const index_t thread = blockIdx.x * (index_t)blockDim.x + threadIdx.x;
+    const index_t threads = gridDim.x * (index_t)blockDim.x;
+    const index_t packed = vector ? n / 4 : 0;
+    for (index_t q = thread; q < packed; q += threads) f(Width<4>{}, 4 * q);
+    for (index_t i = 4 * packed + thread; i < n; i += threads) f(Width<1>{}, i);
+  }
+};
+
+// The elements of a C-contiguous (rows, columns) array, flat, with the column of the first one:
+// f(Width<W>, i, j). A pack may wrap into the next row; wrap(j + k) is then its k-th column.
+// The column is carried along instead of divided out: 64-bit division costs more than the memory access.
+struct Rows {
+  index_t rows, columns;
+  DEVICE index_t wrap(index_t j) const { return j < columns ? j : j - columns; }
+  template <class F> DEVICE void for_each(bool vector, F f) const {
+    const index_t n = rows * columns;
+    const index_t thread = blockIdx.x * (index_t)blockDim.x + threadIdx.x;
+    const index_t threads = gridDim.x * (index_t)blockDim.x;
+    const index_t packed = vector && columns >= 4 ? n / 4 : 0;
+    const index_t hop = 4 * threads % columns;
+    index_t j = 4 * thread % columns;
+    for (index_t q = thread; q < packed; q += threads) {
+      f(Width<4>{}, 4 * q, j);
+      j = wrap(j + hop);
+    }
+    for (index_t i = 4 * packed + thread; i < n; i += threads) f(Width<1>{}, i, i % columns);
+  }
+};
+
+// Cross-block reductions without float atomics: each block leaves its partial result in global
+// memory, and the block that arrives last adds them all, always in the same order. The counter is
+// zero before the launch and zero again after it. Pattern: CUDA sample threadFenceReduction.
+DEVICE bool is_last_block(unsigned* counter, unsigned blocks) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0 && threadIdx.y == 0) {
+    last = atomicAdd(counter, 1u) == blocks - 1;
+    if (last) *counter = 0;
+  }
+  __syncthreads();
+  __threadfence();
+  return last;
+}
+
+#endif  // __CUDACC__

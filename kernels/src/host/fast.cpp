@@ -1,0 +1,114 @@
+// The C entry points of the fast host build: the same device code as module.cu, a contiguous chunk at a
+// time. Chunks depend on the shape alone, and sums over chunks run in order, so results do not depend on
+// the number of threads. The nanoseconds per element are rough; they only decide whether to wake the pool.
+#include "../adam.cuh"
+#include "../batch.cuh"
+#include "../bias_act.cuh"
+#include "../softmax_xent.cuh"
+#include "pool.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+constexpr index_t CHUNK_ELEMENTS = 32768;  // 128 KB of float32: a chunk's operands stay in the L2 cache
+
+index_t divide_up(index_t a, index_t b) { return (a + b - 1) / b; }
+
+template <class F> void over_elements(index_t n, double nanoseconds_each, F f) {
+  Pool::instance().run(divide_up(n, CHUNK_ELEMENTS), n * nanoseconds_each, [&](index_t k) {
+    f(Range{k * CHUNK_ELEMENTS, std::min(n, (k + 1) * CHUNK_ELEMENTS)});
+  });
+}
+
+struct RowChunks {
+  index_t B, N, rows, count;
+  RowChunks(index_t B, index_t N)
+      : B(B), N(N), rows(std::max<index_t>(1, CHUNK_ELEMENTS / std::max<index_t>(1, N))), count(std::max<index_t>(1, divide_up(B, rows))) {}
+};
+
+template <class F> void over_rows(const RowChunks& c, double nanoseconds_each, F f) {
+  Pool::instance().run(c.count, (double)c.B * c.N * nanoseconds_each, [&](index_t k) {
+    f(k, Rows{k * c.rows, std::min(c.B, (k + 1) * c.rows), c.N});
+  });
+}
+
+template <class Act> void backward(const float* dy, const float* saved, const float* bias, float* dz, float* dbias,
+                                   index_t B, index_t N, double cost) {
+  const RowChunks chunks(B, N);
+  std::vector<float> partial(chunks.count > 1 ? chunks.count * N : 0);
+  over_rows(chunks, cost, [&](index_t k, Rows rows) {
+    bias_act_backward_rows<Act>(rows, dy, saved, bias, dz, chunks.count > 1 ? &partial[k * N] : dbias);
+  });
+  if (chunks.count == 1) return;
+  std::copy_n(partial.data(), N, dbias);
+  for (index_t k = 1; k < chunks.count; ++k)
+    for (index_t j = 0; j < N; ++j) dbias[j] += partial[k * N + j];
+}
+
+}  // namespace
+
+EXPORT const char* kernels_source_hash() { return KERNELS_SOURCE_HASH; }
+
+EXPORT void kernels_set_workers(int workers) { Pool::instance().resize(workers); }
+
+#define BIAS_ACT(name, Act, forward_cost, backward_cost)                                                      \
+  EXPORT void bias_act_##name(const float* z, const float* bias, float* y, index_t B, index_t N) {            \
+    over_rows(RowChunks(B, N), forward_cost, [=](index_t, Rows rows) { bias_act_rows<Act>(rows, z, bias, y); }); \
+  }                                                                                                           \
+  EXPORT void bias_act_backward_##name(const float* dy, const float* saved, const float* bias, float* dz,     \
+                                       float* dbias, index_t B, index_t N) {                                  \
+    backward<Act>(dy, saved, bias, dz, dbias, B, N, backward_cost);                                           \
+  }
+
+BIAS_ACT(identity, Identity, 0.2, 0.3)
+BIAS_ACT(relu, Relu, 0.2, 0.3)
+BIAS_ACT(leaky_relu, LeakyRelu, 0.2, 0.3)
+BIAS_ACT(silu, Silu, 0.5, 0.7)
+BIAS_ACT(gelu, Gelu, 0.7, 1.0)
+BIAS_ACT(gelu_tanh, GeluTanh, 0.6, 0.9)
+
+EXPORT void softmax_xent(const float* logits, const int* labels, float* dlogits, float* loss, double* totals,
+                         index_t B, int C, float scale) {
+  const RowChunks chunks(B, C);
+  struct Sum { double loss, correct; };
+  std::vector<Sum> partial(chunks.count);
+  over_rows(chunks, 1.5, [&](index_t k, Rows rows) {
+    Sum sum{0.0, 0.0};
+    for (index_t r = rows.begin; r < rows.end; ++r) {
+      float* const dx = dlogits + r * C;
+      const RowResult result = softmax_xent_row(InMemory{dx}, logits + r * C, dx, C, labels[r], scale);
+      sum.loss += result.loss;
+      sum.correct += result.correct;
+    }
+    partial[k] = sum;
+  });
+  Sum sum{0.0, 0.0};
+  for (const Sum& s : partial) sum = {sum.loss + s.loss, sum.correct + s.correct};
+  *loss = (float)(sum.loss * scale);
+  if (totals) {
+    totals[0] += sum.loss;
+    totals[1] += sum.correct;
+  }
+}
+
+EXPORT void adam(float* p, const float* g, float* m, float* v, index_t n, float step, float lr, float complement1,
+                 float complement2, float eps, float weight_decay, int decoupled) {
+  const AdamConstants c = adam_constants(step, lr, complement1, complement2, eps, weight_decay, decoupled);
+  over_elements(n, 0.6, [=](Range range) { adam_range(range, p, g, m, v, c); });
+}
+
+EXPORT void sgd(float* p, const float* g, float* velocity, index_t n, float lr, float momentum,
+                float weight_decay) {
+  over_elements(n, 0.4, [=](Range range) { sgd_range(range, p, g, velocity, lr, momentum, weight_decay); });
+}
+
+EXPORT void gather(const unsigned char* images, const int* labels, const int* index, const float* affine, float* x,
+                   int* y, index_t B, index_t M, int D, int side, float mean, float scale, float noise_sigma,
+                   unsigned seed_low, unsigned seed_high) {
+  const GatherSettings settings{mean, scale, noise_sigma, seed_low, seed_high, D, side, M};
+  const double cost = 0.6 + (affine ? 5.0 : 0.0) + (noise_sigma != 0.0f ? 8.0 : 0.0);
+  over_rows(RowChunks(B, D), cost, [&](index_t, Rows rows) {
+    gather_rows(rows, settings, images, labels, index, affine, x, y);
+  });
+}

@@ -1,0 +1,124 @@
+// The CUDA vocabulary of common.cuh for an ordinary C++ compiler: a group is one lane, a range is one
+// worker's contiguous chunk, and elementary functions are branch-free so that loops over them vectorise.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+template <int W> DEVICE Pack<W> load(const float* p) {
+  Pack<W> r;
+  for (int k = 0; k < W; ++k) r.v[k] = p[k];
+  return r;
+}
+
+template <int W> DEVICE void store(float* p, const Pack<W>& x) {
+  for (int k = 0; k < W; ++k) p[k] = x.v[k];
+}
+
+template <class... P> DEVICE bool aligned16(const P*...) { return true; }
+
+DEVICE float infinity() { return HUGE_VALF; }
+DEVICE float not_a_number() { return NAN; }
+
+// exp(x) to about 1 ulp, denormal results included: 2^n * p(r) with |r| <= ln(2)/2 (Cephes expf;
+// Moshier, "Methods and Programs for Mathematical Functions", 1989). 2^n is applied in two halves, so
+// that the results below 2^-126 and above 2^127 come out right. libm's expf would not vectorise.
+DEVICE float power_of_two(int n) {
+  const int32_t bits = (n + 127) << 23;
+  float r;
+  std::memcpy(&r, &bits, sizeof r);
+  return r;
+}
+
+DEVICE float exponential(float x) {
+  const float finite = x == x ? x : 0.0f;
+  const float low = finite < -104.0f ? -104.0f : finite;
+  const float bounded = low > 89.0f ? 89.0f : low;
+  const float n = std::nearbyint(bounded * 1.44269504088896341f);
+  const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const int exponent = (int)n, half = exponent / 2;
+  const float result = p * power_of_two(half) * power_of_two(exponent - half);
+  return x == x ? result : x;
+}
+
+// erf(x) = x P(x^2) / Q(x^2) for |x| <= 3.92, +-1 beyond: the rational minimax approximation of
+// Eigen and XLA (erf_float), error below 4 ulp.
+DEVICE float error_function(float x) {
+  const float low = x < -3.7439211627767994f ? -3.7439211627767994f : x;
+  const float c = low > 3.7439211627767994f ? 3.7439211627767994f : low;
+  const float s = c * c;
+  float p = 2.2905065861350646e-4f;
+  p = p * s + 3.4082910107109506e-3f;
+  p = p * s + 5.0955695062380861e-2f;
+  p = p * s + 1.8520832239976145e-1f;
+  p = p * s + 1.128379143519084f;
+  float q = -1.1791602954361697e-7f;
+  q = q * s + 2.3547966471313185e-5f;
+  q = q * s + 1.0179625278914885e-3f;
+  q = q * s + 1.4070470171167667e-2f;
+  q = q * s + 1.1098505178285362e-1f;
+  q = q * s + 4.9746925110067538e-1f;
+  q = q * s + 1.0f;
+  return c * p / q;
+}
+
+DEVICE float cosine_of_turns(float x) { return std::cos(6.2831853071795865f * x); }
+DEVICE float sine_of_turns(float x) { return std::sin(6.2831853071795865f * x); }
+
+// One worker on one row of C columns: f(0, j) for each. The reductions keep LANES partial results, as a
+// SIMD register does, and add them as a tree; an ordinary running sum would forbid vectorising.
+struct Group {
+  static constexpr int LANES = 16;
+  DEVICE static int lane() { return 0; }
+  template <int, class F> DEVICE static void for_each(int C, F f) {
+    INDEPENDENT for (int j = 0; j < C; ++j) f(0, j);
+  }
+  template <class Combine, class F> DEVICE static float reduce(int C, float start, Combine combine, F f) {
+    float x[LANES];
+    for (int k = 0; k < LANES; ++k) x[k] = start;
+    int j = 0;
+    for (; j + LANES <= C; j += LANES)
+      for (int k = 0; k < LANES; ++k) x[k] = combine(x[k], f(0, j + k));
+    for (int k = 0; j + k < C; ++k) x[k] = combine(x[k], f(0, j + k));
+    for (int half = LANES / 2; half > 0; half /= 2)
+      for (int k = 0; k < half; ++k) x[k] = combine(x[k], x[k + half]);
+    return x[0];
+  }
+  template <int, class F> DEVICE static float sum(int C, F f) {
+    return reduce(C, 0.0f, [](float a, float b) { return a + b; }, f);
+  }
+  template <int, class F> DEVICE static float max(int C, F f) {  // NaN is passed over
+    return reduce(C, -infinity(), [](float a, float b) { return b > a ? b : a; }, f);
+  }
+  template <int, class F> DEVICE static bool any(int C, F f) {
+    int found = 0;
+    for (int j = 0; j < C; ++j) found |= f(0, j);
+    return found;
+  }
+};
+
+// This worker's elements [begin, end) of flat arrays.
+struct Range {
+  index_t begin, end;
+  template <class F> DEVICE void for_each(bool, F f) const {
+    INDEPENDENT for (index_t i = begin; i < end; ++i) f(Width<1>{}, i);
+  }
+};
+
+// This worker's rows [begin, end) of a C-contiguous array.
+struct Rows {
+  index_t begin, end, columns;
+  DEVICE index_t wrap(index_t j) const { return j; }
+  template <class F> DEVICE void for_each(bool, F f) const {
+    for (index_t r = begin; r < end; ++r) {
+      INDEPENDENT for (index_t j = 0; j < columns; ++j) f(Width<1>{}, r * columns + j, j);
+    }
+  }
+};
