@@ -12,10 +12,11 @@ import numpy as np
 from . import BackendError, source
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)  # compute capabilities that the test suite compiles for
-OPTIONS = ("-std=c++17", "--device-as-default-execution-space")  # the second: lambdas are device code
+OPTIONS = ("-std=c++17",)
+CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")  # what CuPy adds; the sources need the second
 
 THREADS = 256
-TILE_COLUMNS, TILE_LANES, TILE_ROWS = 128, 32, 8  # bias_act_backward; the same numbers as in bias_act.cuh
+TILE_COLUMNS, TILE_ROWS = 128, 8  # bias_act_backward; the same numbers as in bias_act.cuh
 REGISTER_ROWS = (1, 2, 4, 8, 16, 32)  # softmax_xent_<n> holds rows of up to 32 n classes in registers
 _MAX_GRID_Y = 65535
 _COUNTERS = 4096
@@ -35,7 +36,7 @@ def tile_shape(B: int, N: int, multiprocessors: int) -> tuple[tuple, tuple]:
     """Grid and block for column sums of (B, N): column tiles x row blocks, about 4 blocks per multiprocessor."""
     tiles = max(1, _divide_up(N, TILE_COLUMNS))
     row_blocks = min(_divide_up(B, TILE_ROWS), _divide_up(4 * multiprocessors, tiles), _MAX_GRID_Y)
-    return (tiles, max(1, row_blocks)), (TILE_LANES, TILE_ROWS)
+    return (tiles, max(1, row_blocks)), (TILE_COLUMNS // 4, TILE_ROWS)
 
 
 def row_shape(B: int, multiprocessors: int) -> tuple[tuple, tuple]:

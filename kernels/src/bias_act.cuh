@@ -74,7 +74,7 @@ template <class Act> DEVICE float bias_act_backward_element(float dy, float save
 
 #ifdef __CUDACC__
 
-constexpr int TILE_COLUMNS = 128, TILE_LANES = 32, TILE_ROWS = 8;
+constexpr int TILE_COLUMNS = 128, TILE_ROWS = 8;
 
 // Adds the 8 row groups' sums of each of the tile's columns, in order, in the threads of the first group.
 DEVICE void add_row_groups(float (&sums)[TILE_ROWS][TILE_COLUMNS], float (&acc)[4], const int (&slot)[4]) {
@@ -99,7 +99,7 @@ DEVICE void bias_act_backward_block(const float* dy, const float* saved, const f
   float shift[4], acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   int slot[4];  // this lane's columns within the tile: neighbours where packs are used, else strided
   UNROLL for (int k = 0; k < 4; ++k) {
-    slot[k] = vector ? 4 * threadIdx.x + k : threadIdx.x + TILE_LANES * k;
+    slot[k] = vector ? 4 * threadIdx.x + k : threadIdx.x + TILE_COLUMNS / 4 * k;
     shift[k] = bias && first + slot[k] < N ? bias[first + slot[k]] : 0.0f;
   }
   const index_t rows_per_block = (B + gridDim.y - 1) / gridDim.y;

@@ -1,0 +1,144 @@
+"""What a run is: one frozen dataclass, and the presets. Imports nothing heavy; `--help` and `--list` need only this."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from . import InputError
+
+ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu", "gelu_tanh")
+OPTIMIZERS = ("sgd", "adam")
+SCHEDULES = ("constant", "linear", "exponential")
+DEVICES = ("auto", "cpu", "cuda")
+FULL = "full"  # the batch size that means the whole training set
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the outcome of a run. Losses are batch means, so lr does not scale with the batch."""
+
+    model: str
+    hidden: tuple[int, ...]  # widths of the hidden layers
+    activation: str = "relu"
+    batch_size: int | str = 512  # rows per step, or "full"
+    optimizer: str = "adam"
+    lr: float = 0.001  # of the first epoch
+    schedule: str = "constant"
+    decay: float = 1e-5  # linear: lr falls by this much every epoch, down to 0
+    gamma: float = 0.98  # exponential: lr is multiplied by this every epoch
+    momentum: float = 0.0  # sgd
+    beta1: float = 0.9  # adam
+    beta2: float = 0.999  # adam
+    eps: float = 1e-8  # adam
+    l2: float = 0.0  # weight decay: l2 * parameter is added to the gradient, as in torch.optim
+    decoupled: bool = False  # adam: decay the parameters directly instead, as in AdamW
+    epochs: int = 30  # at most
+    patience: int | None = None  # stop after this many epochs without a lower validation loss
+    seed: int = 0  # weights, batches and noise
+    data: str = "auto"
+    device: str = "auto"
+    fused: bool = False
+
+    def __post_init__(self):
+        _one_of("--activation", self.activation, ACTIVATIONS)
+        _one_of("--optimizer", self.optimizer, OPTIMIZERS)
+        _one_of("--schedule", self.schedule, SCHEDULES)
+        _one_of("--device", self.device, DEVICES)
+        for width in self.hidden:
+            _whole("--hidden", width, 1, 65536)
+        if self.batch_size != FULL:
+            _whole("--batch-size", self.batch_size, 1, 2**31 - 1)
+        _whole("--epochs", self.epochs, 1, 10**6)
+        _whole("--seed", self.seed, 0, 2**63 - 1)
+        if self.patience is not None:
+            _whole("--patience", self.patience, 1, 10**6)
+        _number("--lr", self.lr, 0.0, math.inf, open_low=True)
+        _number("--decay", self.decay, 0.0, math.inf)
+        _number("--gamma", self.gamma, 0.0, 1.0, open_low=True)
+        _number("--momentum", self.momentum, 0.0, 1.0)
+        _number("beta1", self.beta1, 0.0, 1.0)
+        _number("beta2", self.beta2, 0.0, 1.0)
+        _number("eps", self.eps, 0.0, math.inf, open_low=True)
+        _number("--l2", self.l2, 0.0, math.inf)
+        if self.momentum and self.optimizer != "sgd":
+            raise InputError("--momentum belongs to --optimizer sgd; adam has its own first moment, beta1")
+        if self.decoupled and self.optimizer != "adam":
+            raise InputError("--decoupled belongs to --optimizer adam")
+
+
+def _one_of(flag, value, allowed):
+    if value not in allowed:
+        raise InputError(f"{flag} {value} is unknown; choose one of {', '.join(allowed)}")
+
+
+def _whole(flag, value, low, high):
+    if not isinstance(value, int) or not low <= value <= high:
+        raise InputError(f"{flag} {value} is not possible; give a whole number from {low} to {high}")
+
+
+def _number(flag, value, low, high, open_low=False):
+    if not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
+        interval = f"{'above' if open_low else 'of at least'} {low:g}" + ("" if math.isinf(high) else f" and at most {high:g}")
+        raise InputError(f"{flag} {value} is not possible; give a finite number {interval}")
+
+
+_M0 = Config("m0", (128, 64), optimizer="sgd", lr=0.01, batch_size=256)
+_M1G = Config("m1g", (400, 240, 120), patience=5)
+
+PRESETS = {
+    "m0": _M0,
+    "m1": dataclasses.replace(_M1G, model="m1"),  # the best of m1a-m1h
+    "m1a": Config("m1a", (128, 64), optimizer="sgd", lr=0.01, momentum=0.9, patience=5),
+    "m1b": Config("m1b", (128, 64), patience=5),
+    "m1c": Config("m1c", (128, 64), l2=0.01),
+    "m1d": Config("m1d", (128, 64), optimizer="sgd", lr=0.01, momentum=0.9, l2=0.01, patience=10),
+    "m1e": Config("m1e", (128, 64), schedule="linear", decay=1e-5, patience=5),
+    "m1f": Config("m1f", (128, 64), schedule="exponential", gamma=0.98, patience=5),
+    "m1g": _M1G,
+    "m1h": Config("m1h", (370, 370), patience=5),
+}
+
+
+def preset(name: str, **changes) -> Config:
+    """The preset `name` with fields replaced; InputError for an unknown name or an impossible value."""
+    if name not in PRESETS:
+        raise InputError(f"--model {name} is unknown; choose one of {', '.join(PRESETS)} (see --list)")
+    return dataclasses.replace(PRESETS[name], **changes)
+
+
+def parse_hidden(text: str) -> tuple[int, ...]:
+    """'400,240,120' -> (400, 240, 120)."""
+    try:
+        return tuple(int(width) for width in text.split(","))
+    except ValueError:
+        raise InputError(f"--hidden {text} is not a list of widths; give whole numbers such as 400,240,120") from None
+
+
+def parse_batch_size(text: str) -> int | str:
+    """'512' -> 512; 'full' stays."""
+    if text == FULL:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"--batch-size {text} is not possible; give a whole number or 'full'") from None
+
+
+def describe(config: Config) -> str:
+    """One line: layers, optimizer, schedule and stopping rule."""
+    parts = [
+        "784-" + "-".join(map(str, config.hidden)) + "-classes",
+        config.activation,
+        f"{config.optimizer} lr {config.lr:g}" + (f" momentum {config.momentum:g}" if config.momentum else ""),
+        {
+            "constant": "constant",
+            "linear": f"linear -{config.decay:g}/epoch",
+            "exponential": f"exponential x{config.gamma:g}/epoch",
+        }[config.schedule],
+    ]
+    if config.l2:
+        parts.append(f"{'decoupled decay' if config.decoupled else 'l2'} {config.l2:g}")
+    parts.append(f"batch {config.batch_size}, at most {config.epochs} epochs")
+    if config.patience:
+        parts.append(f"patience {config.patience}")
+    return ", ".join(parts)

@@ -1,0 +1,69 @@
+"""Where a run computes: the array module, the ops, and what is particular to a CPU or a GPU."""
+
+import platform
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+
+import kernels
+from kernels import BackendError, plain
+
+from . import InputError
+
+
+@dataclass(frozen=True)
+class Device:
+    kind: str  # "cpu" or "cuda"
+    name: str
+    xp: ModuleType  # numpy or cupy
+    ops: ModuleType  # kernels or kernels.plain
+    chunk_rows: int  # larger batches are accumulated in chunks of this many rows
+
+    def synchronize(self) -> None:
+        """Wait for the GPU; nothing on a CPU."""
+        if self.kind == "cuda":
+            self.xp.cuda.get_current_stream().synchronize()
+
+    def numpy(self, array) -> np.ndarray:
+        """A host copy of a device array; on a CPU the array itself."""
+        return array.get() if self.kind == "cuda" else array
+
+
+def select(kind: str, fused: bool) -> Device:
+    """The device for `--device` and `--fused`. auto: the GPU where there is one. InputError where it cannot be had."""
+    if kind in ("auto", "cuda"):
+        from kernels import cuda
+
+        try:
+            cuda.check()
+            return _gpu(fused)
+        except BackendError as error:
+            if kind == "cuda":
+                raise InputError(f"--device cuda is not possible: {error}") from None
+    if fused:
+        from kernels import host
+
+        try:
+            host.check()
+        except BackendError as error:
+            raise InputError(f"--fused is not possible: {error}") from None
+    return Device("cpu", _cpu_name(), np, kernels if fused else plain, chunk_rows=2048)
+
+
+def _gpu(fused: bool) -> Device:
+    import cupy
+
+    name = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())["name"].decode()
+    return Device("cuda", name, cupy, kernels if fused else plain, chunk_rows=65536)
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,47 @@
+"""Learning-rate schedules and the optimizers, each one op on the flat arena of the whole model."""
+
+from .configs import Config
+
+
+def learning_rate(config: Config, epoch: int) -> float:
+    """The learning rate of `epoch`, counted from 0."""
+    if config.schedule == "linear":
+        return max(0.0, config.lr - config.decay * epoch)
+    if config.schedule == "exponential":
+        return config.lr * config.gamma**epoch
+    return config.lr
+
+
+class SGD:
+    """Stochastic gradient descent with momentum and L2, as torch.optim.SGD."""
+
+    def __init__(self, config: Config, parameters, xp, ops):
+        self.config, self.ops = config, ops
+        self.velocity = xp.zeros_like(parameters) if config.momentum else None
+
+    def step(self, parameters, gradients, lr: float) -> None:
+        self.ops.sgd_step(
+            parameters, gradients, self.velocity, lr=lr, momentum=self.config.momentum, weight_decay=self.config.l2
+        )
+
+
+class Adam:
+    """Adam with L2 added to the gradient or decoupled, as torch.optim.Adam and AdamW."""
+
+    def __init__(self, config: Config, parameters, xp, ops):
+        self.config, self.ops = config, ops
+        self.m, self.v = xp.zeros_like(parameters), xp.zeros_like(parameters)
+        self.steps = 0
+
+    def step(self, parameters, gradients, lr: float) -> None:
+        self.steps += 1
+        c = self.config
+        self.ops.adam_step(
+            parameters, gradients, self.m, self.v, step=self.steps, lr=lr, beta1=c.beta1, beta2=c.beta2, eps=c.eps,
+            weight_decay=c.l2, decoupled=c.decoupled,
+        )  # fmt: skip
+
+
+def optimizer(config: Config, parameters, xp, ops):
+    """The optimizer of `config` for this arena, with its state beside it."""
+    return {"sgd": SGD, "adam": Adam}[config.optimizer](config, parameters, xp, ops)
