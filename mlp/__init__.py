@@ -1,5 +1,5 @@
 """A multilayer perceptron for 28x28 character images, written from scratch on NumPy and CuPy."""
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """Something the user gave cannot be used; the message is one sentence: what, expected, what to do."""

@@ -55,7 +55,7 @@ def _gpu(fused: bool) -> Device:
     import cupy
 
     name = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())["name"].decode()
-    return Device("cuda", name, cupy, kernels if fused else plain, chunk_rows=65536)
+    return Device("cuda", name, cupy, kernels if fused else plain, chunk_rows=16384)
 
 
 def _cpu_name() -> str:

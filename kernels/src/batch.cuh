@@ -114,20 +114,9 @@ DEVICE void gather_grid(const GatherSettings& s, const unsigned char* images, co
 
 #else
 
-// One worker's rows. The plain case is a loop of its own because the general one does not vectorise.
-DEVICE void gather_rows(Rows rows, const GatherSettings& s, const unsigned char* images, const int* labels,
-                        const int* index, const float* affine, float* x, int* y) {
-  for (index_t b = rows.begin; b < rows.end; ++b) {
-    const index_t source = index[b];
-    float* const row = x + b * s.D;
-    if (source >= 0 && source < s.M && !affine && s.noise_sigma == 0.0f) {
-      const unsigned char* const image = images + source * s.D;
-      INDEPENDENT for (int d = 0; d < s.D; ++d) row[d] = normalise(image[d] * (1.0f / 255.0f), s);
-    } else {
-      for (int d = 0; d < s.D; d += 4) gather_quad(s, images, source, affine ? affine + 6 * b : nullptr, row, d);
-    }
-    y[b] = gather_label(labels, source, s.M);
-  }
+// The pixels [begin, begin + count) of one row without warp and noise: a loop that vectorises.
+DEVICE void gather_pixels(const GatherSettings& s, const unsigned char* image, float* out, int begin, int count) {
+  INDEPENDENT for (int d = 0; d < count; ++d) out[d] = normalise(image[begin + d] * (1.0f / 255.0f), s);
 }
 
 #endif

@@ -6,6 +6,7 @@
 #include "../bias_act.cuh"
 #include "../softmax_xent.cuh"
 #include "pool.h"
+#include "stream.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -95,12 +96,20 @@ EXPORT void softmax_xent(const float* logits, const int* labels, float* dlogits,
 EXPORT void adam(float* p, const float* g, float* m, float* v, index_t n, float step, float lr, float complement1,
                  float complement2, float eps, float weight_decay, int decoupled) {
   const AdamConstants c = adam_constants(step, lr, complement1, complement2, eps, weight_decay, decoupled);
-  over_elements(n, 0.6, [=](Range range) { adam_range(range, p, g, m, v, c); });
+  over_elements(n, 0.6, [=](Range range) {
+    update_streamed(p, range.begin, range.end, [=](float* block, index_t i, index_t count) {
+      adam_range(Range{0, count}, block, g + i, m + i, v + i, c);
+    });
+  });
 }
 
 EXPORT void sgd(float* p, const float* g, float* velocity, index_t n, float lr, float momentum,
                 float weight_decay) {
-  over_elements(n, 0.4, [=](Range range) { sgd_range(range, p, g, velocity, lr, momentum, weight_decay); });
+  over_elements(n, 0.4, [=](Range range) {
+    update_streamed(p, range.begin, range.end, [=](float* block, index_t i, index_t count) {
+      sgd_range(Range{0, count}, block, g + i, velocity ? velocity + i : nullptr, lr, momentum, weight_decay);
+    });
+  });
 }
 
 EXPORT void gather(const unsigned char* images, const int* labels, const int* index, const float* affine, float* x,
@@ -109,6 +118,21 @@ EXPORT void gather(const unsigned char* images, const int* labels, const int* in
   const GatherSettings settings{mean, scale, noise_sigma, seed_low, seed_high, D, side, M};
   const double cost = 0.6 + (affine ? 5.0 : 0.0) + (noise_sigma != 0.0f ? 8.0 : 0.0);
   over_rows(RowChunks(B, D), cost, [&](index_t, Rows rows) {
-    gather_rows(rows, settings, images, labels, index, affine, x, y);
+    for (index_t b = rows.begin; b < rows.end; ++b) {
+      const index_t source = index[b];
+      float* const row = x + b * D;
+      y[b] = gather_label(labels, source, M);
+      if (source < 0 || source >= M || affine || noise_sigma != 0.0f) {
+        for (int d = 0; d < D; d += 4) gather_quad(settings, images, source, affine ? affine + 6 * b : nullptr, row, d);
+        continue;
+      }
+      alignas(64) float block[STREAM_BLOCK];
+      for (int d = 0; d < D; d += STREAM_BLOCK) {
+        const int count = std::min<int>(STREAM_BLOCK, D - d);
+        gather_pixels(settings, images + source * D, block, d, count);
+        stream(row + d, block, count);
+      }
+    }
+    stream_fence();
   });
 }

@@ -1,0 +1,126 @@
+"""The training loop: epochs, batches, early stopping. It knows a model only by the methods it calls.
+
+A learner has batch_size, begin_epoch(order), train_step(start, stop, lr), totals(), evaluate(index),
+snapshot() and restore(snapshot); see scratch.ScratchLearner.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .configs import Config
+from .data import Split
+from .optim import learning_rate
+
+STEPS_PER_READING = 100  # reading the running loss waits for the GPU
+
+
+@dataclass(frozen=True)
+class EpochRow:
+    """A row of history.csv. Training loss and accuracy are those of the batches as they were trained on."""
+
+    epoch: int  # from 1
+    lr: float
+    train_loss: float
+    train_accuracy: float
+    val_loss: float
+    val_accuracy: float
+    seconds: float  # training only, without the validation
+    images_per_second: float
+
+
+@dataclass
+class History:
+    rows: list[EpochRow] = field(default_factory=list)
+    best_epoch: int = 0  # whose parameters the learner ends with; 0: the initial ones
+    outcome: str = "finished"  # or "stopped early", "interrupted", "diverged"
+
+
+class Interrupt:
+    """While active, Ctrl-C only sets `requested`, so that no step is torn; a second Ctrl-C acts as usual."""
+
+    def __init__(self):
+        self.requested = False
+
+    def __enter__(self):
+        try:
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        except ValueError:  # not in the main thread, where there are no signals to handle
+            self._previous = None
+        return self
+
+    def _handle(self, *_):
+        self.requested = True
+        signal.signal(signal.SIGINT, self._previous)
+
+    def __exit__(self, *_):
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+
+class Reporter:
+    """Hears of the progress; this one says nothing."""
+
+    def begin_epoch(self, epoch: int, epochs: int, images: int) -> None: ...
+    def advance(self, images: int) -> None: ...
+    def reading(self, loss: float, accuracy: float) -> None: ...
+    def end_epoch(self, row: EpochRow, best: bool) -> None: ...
+
+
+def fit(learner, split: Split, config: Config, reporter: Reporter | None = None,
+        on_epoch: Callable[[History], None] = lambda history: None) -> History:  # fmt: skip
+    """Train until the epochs, the patience or the user ends it, and leave the learner with its best parameters.
+
+    Best means the lowest validation loss. on_epoch is called after every epoch, with the rows so far.
+    Ctrl-C ends after the current step; the epoch that it cut short is not counted.
+    """
+    reporter = reporter or Reporter()
+    history, best_loss, best = History(), math.inf, learner.snapshot()
+    with Interrupt() as interrupt:
+        for epoch in range(1, config.epochs + 1):
+            row = _epoch(learner, split, config, epoch, reporter, interrupt)
+            if row is None:
+                history.outcome = "interrupted"
+                break
+            history.rows.append(row)
+            improved = row.val_loss < best_loss
+            if improved:
+                best_loss, best, history.best_epoch = row.val_loss, learner.snapshot(), epoch
+            reporter.end_epoch(row, improved)
+            on_epoch(history)
+            if not math.isfinite(row.train_loss) or not math.isfinite(row.val_loss):
+                history.outcome = "diverged"
+            elif interrupt.requested:
+                history.outcome = "interrupted"
+            elif config.patience and epoch - history.best_epoch >= config.patience:
+                history.outcome = "stopped early"
+            if history.outcome != "finished":
+                break
+    learner.restore(best)
+    return history
+
+
+def _epoch(learner, split, config, epoch, reporter, interrupt) -> EpochRow | None:
+    """Train and validate one epoch; None when it was interrupted."""
+    order = np.random.default_rng((config.seed, epoch)).permutation(split.train)
+    lr, batch, n = learning_rate(config, epoch - 1), learner.batch_size, len(order)
+    reporter.begin_epoch(epoch, config.epochs, n)
+    started = time.perf_counter()
+    learner.begin_epoch(order)
+    for step, start in enumerate(range(0, n, batch), 1):
+        if interrupt.requested:
+            return None
+        stop = min(start + batch, n)
+        learner.train_step(start, stop, lr)
+        reporter.advance(stop - start)
+        if step % STEPS_PER_READING == 0:
+            loss, correct = learner.totals()
+            reporter.reading(loss / stop, correct / stop)
+    loss, correct = learner.totals()
+    seconds = time.perf_counter() - started
+    val = learner.evaluate(split.val)
+    return EpochRow(epoch, lr, loss / n, correct / n, val.cross_entropy, val.accuracy, seconds, n / seconds)

@@ -1,0 +1,70 @@
+"""The pictures of a run. matplotlib draws without a display and is imported only here."""
+
+from pathlib import Path
+
+import numpy as np
+
+from .loop import EpochRow
+
+
+def _figure(*args, **kwargs):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(*args, layout="constrained", **kwargs)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def training(path: Path, rows: list[EpochRow], best_epoch: int, title: str) -> None:
+    """Loss and accuracy by epoch, training against validation, with the epoch whose parameters were kept."""
+    figure = _figure(figsize=(10, 4))
+    figure.suptitle(title)
+    epochs = [row.epoch for row in rows]
+    panels = (("loss", "cross-entropy (nats)", 1.0), ("accuracy", "accuracy (%)", 100.0))
+    for axes, (name, label, unit) in zip(figure.subplots(1, 2), panels):
+        for part, text in (("train", "training (while learning)"), ("val", "validation")):
+            values = [unit * getattr(row, f"{part}_{name}") for row in rows]
+            axes.plot(epochs, values, marker=".", label=text)
+        if best_epoch:
+            axes.axvline(best_epoch, color="grey", linestyle=":", label=f"kept: epoch {best_epoch}")
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def confusion(path: Path, matrix: np.ndarray, class_names: tuple[str, ...], title: str) -> None:
+    """Where each class's images went: rows are labels and add up to 100 %."""
+    from matplotlib.colors import PowerNorm
+
+    share = 100.0 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    size = max(6.0, 0.22 * len(class_names) + 1.5)
+    figure = _figure(figsize=(size + 1.0, size))
+    axes = figure.subplots()
+    image = axes.imshow(share, norm=PowerNorm(0.4, vmin=0, vmax=100), cmap="magma_r")  # shows the rare errors too
+    ticks = range(len(class_names))
+    axes.set_xticks(ticks, class_names, fontsize=8)
+    axes.set_yticks(ticks, class_names, fontsize=8)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("label")
+    axes.set_title(title, fontsize=10)
+    figure.colorbar(image, label="% of the label's images", shrink=0.8)
+    figure.savefig(path, dpi=120)
+
+
+def noise(path: Path, accuracy: dict[float, float], classes: int, title: str) -> None:
+    """Test accuracy against the standard deviation of Gaussian pixel noise, and what guessing would reach."""
+    figure = _figure(figsize=(6, 4))
+    axes = figure.subplots()
+    axes.plot(list(accuracy), [100.0 * a for a in accuracy.values()], marker="o", label="model")
+    axes.axhline(100.0 / classes, color="grey", linestyle=":", label="guessing a class")
+    axes.set_xlabel("noise standard deviation (pixels in [0, 1])")
+    axes.set_ylabel("test accuracy (%)")
+    axes.set_ylim(0, 100)
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,162 @@
+"""A run from a configuration to a finished folder: load, train, judge, write."""
+
+import csv
+import json
+import platform
+import re
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+
+from . import InputError, checkpoint, data, plots
+from .configs import Config, describe
+from .device import Device, select
+from .evaluate import NOISE_SIGMA, Evaluation
+from .loop import EpochRow, History, Reporter, fit
+from .scratch import ScratchLearner
+
+
+class ConsoleReporter(Reporter):
+    """A progress bar on a terminal, and a line per epoch everywhere."""
+
+    def begin_epoch(self, epoch, epochs, images):
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=images, desc=f"epoch {epoch}/{epochs}", unit=" images", unit_scale=True, leave=False, disable=None
+        )
+
+    def advance(self, images):
+        self._bar.update(images)
+
+    def reading(self, loss, accuracy):
+        self._bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
+
+    def end_epoch(self, row, best):
+        self._bar.close()
+        print(
+            f"epoch {row.epoch:3d}  lr {row.lr:.2e}  train {row.train_loss:.4f} {row.train_accuracy:7.2%}  "
+            f"val {row.val_loss:.4f} {row.val_accuracy:7.2%}  {row.seconds:6.2f} s  "
+            f"{row.images_per_second:9,.0f} images/s{'  *' if best else ''}",
+            flush=True,
+        )
+
+
+def train(config: Config, out: Path | None = None) -> int:
+    """Train `config`, judge it and write the run's folder (`out`, or a new one under runs/).
+
+    Prints as it goes. Returns the exit status: 0, 130 after Ctrl-C, 1 where the loss became NaN or infinite;
+    in each case the folder holds the results of the best epoch. InputError for whatever the user can mend.
+    """
+    began = time.perf_counter()
+    device = select(config.device, config.fused)
+    dataset = data.load(config.data)
+    split = data.stratified_split(dataset.labels)
+    folder = _make_folder(out, config, dataset.name)
+    if dataset.notice:
+        print(f"\n*** {dataset.notice} ***\n")
+    _write_json(folder / "config.json", _provenance(config, dataset, device))
+    learner = ScratchLearner(config, dataset, device, len(split.train))
+    kernels = "fused kernels" if config.fused else "plain array code"
+    print(
+        f"{config.model} ({kernels}) on {dataset.name}: {len(split.train):,} / {len(split.val):,} / "
+        f"{len(split.test):,} images to train / validate / test, {len(dataset.class_names)} classes\n"
+        f"{describe(config)}; {learner.model.parameter_count:,} parameters\ndevice: {device.name}"
+    )
+    history = fit(learner, split, config, ConsoleReporter(), lambda h: _write_history(folder, h.rows))
+    return _finish(config, dataset, device, split, learner, history, folder, began)
+
+
+def _finish(config, dataset, device, split, learner, history: History, folder: Path, began: float) -> int:
+    """Judge the best parameters and write everything that is left to write."""
+    _write_history(folder, history.rows)
+    checkpoint.save(folder / "checkpoint.npz", learner.arrays(), config, dataset.class_names)
+    val, test = learner.evaluate(split.val), learner.evaluate(split.test)
+    noise = {sigma: learner.evaluate(split.test, sigma).accuracy if sigma else test.accuracy for sigma in NOISE_SIGMA}
+    title = f"{config.model}{' fused' if config.fused else ''} on {dataset.name}"
+    with open(folder / "confusion.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["label \\ predicted", *dataset.class_names])
+        writer.writerows([name, *row] for name, row in zip(dataset.class_names, test.confusion.tolist()))
+    plots.training(folder / "training.png", history.rows, history.best_epoch, title)
+    plots.confusion(
+        folder / "confusion.png", test.confusion, dataset.class_names, f"{title}: test accuracy {test.accuracy:.2%}"
+    )
+    plots.noise(folder / "noise.png", noise, len(dataset.class_names), f"{title}: Gaussian noise")
+    seconds = [row.seconds for row in history.rows]
+    metrics = {
+        "model": config.model,
+        "fused": config.fused,
+        "data": dataset.name,
+        "device": device.name,
+        "outcome": history.outcome,
+        "epochs": len(history.rows),
+        "best_epoch": history.best_epoch,
+        "parameters": learner.model.parameter_count,
+        "seconds_per_epoch": float(np.median(seconds)) if seconds else None,
+        "seconds": time.perf_counter() - began,
+        "val": val.summary(),
+        "test": test.summary(),
+        "noise": {str(sigma): accuracy for sigma, accuracy in noise.items()},
+    }
+    _write_json(folder / "metrics.json", metrics)
+    _print_summary(metrics, val, test, noise, folder)
+    if history.outcome == "diverged":
+        print("error: the loss became NaN or infinite; try a lower --lr", file=sys.stderr)
+    return {"interrupted": 130, "diverged": 1}.get(history.outcome, 0)
+
+
+def _print_summary(metrics: dict, val: Evaluation, test: Evaluation, noise: dict, folder: Path) -> None:
+    print(f"\n{metrics['outcome']} after {metrics['epochs']} epochs; kept epoch {metrics['best_epoch']}")
+    print(f"{'':12}{'images':>9}{'accuracy':>11}{'macro F1':>11}{'cross-entropy':>16}")
+    for name, part in (("validation", val), ("test", test)):
+        print(f"{name:12}{part.n:9,}{part.accuracy:11.2%}{part.macro_f1:11.2%}{part.cross_entropy:16.4f}")
+    print(f"{'noise sigma':12}" + "".join(f"{sigma:9.1f}" for sigma in noise))
+    print(f"{'test':12}" + "".join(f"{accuracy:9.2%}" for accuracy in noise.values()))
+    per_epoch = metrics["seconds_per_epoch"]
+    print((f"{per_epoch:.2f} s per epoch; " if per_epoch else "") + f"results in {folder}")
+
+
+def _make_folder(out: Path | None, config: Config, data_name: str) -> Path:
+    """Create the run's folder. A folder that already holds a run is refused: its results would be lost."""
+    if out is None:
+        name = f"{config.model}{'-fused' if config.fused else ''}-{re.sub('[^A-Za-z0-9._-]+', '-', data_name)}"
+        out = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        while out.exists():  # another run of the same second
+            out = out.with_name(out.name + "x")
+    if (out / "config.json").exists():
+        raise InputError(f"--out {out} already holds a run; give a folder that does not exist or is empty")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written ({error.strerror}); give another folder") from None
+    return out
+
+
+def _provenance(config: Config, dataset: data.Dataset, device: Device) -> dict:
+    """The configuration, and what else decides the result."""
+    return asdict(config) | {
+        "data_name": dataset.name,
+        "data_sha256": dataset.checksum,
+        "class_names": dataset.class_names,
+        "device_name": device.name,
+        "command": sys.argv,
+        "versions": {"python": platform.python_version(), device.xp.__name__: device.xp.__version__},
+    }
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _write_history(folder: Path, rows: list[EpochRow]) -> None:
+    with open(folder / "history.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([field.name for field in fields(EpochRow)])
+        writer.writerows([getattr(row, field.name) for field in fields(EpochRow)] for row in rows)
