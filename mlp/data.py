@@ -219,7 +219,8 @@ def _read_npy(image_path: Path, label_path: Path) -> tuple[np.ndarray, np.ndarra
     arrays = []
     for path in (image_path, label_path):
         try:
-            array = np.load(path, allow_pickle=False)
+            with path.open("rb") as file:
+                array = np.lib.format.read_array(file, allow_pickle=False)
         except FileNotFoundError:
             raise InputError(f"{path} is missing, expected beside its partner; add that file") from None
         except (OSError, ValueError, EOFError, MemoryError) as error:
