@@ -121,10 +121,10 @@ class Pool {
     wait_for_zero(inside);
   }
 
-  // Spins briefly; then the cores are oversubscribed, and the thread that is waited for may need this one.
+  // Spins briefly; then the thread that is waited for may need this core.
   static void wait_for_zero(const std::atomic<int>& count) {
     for (int k = 0; count.load(std::memory_order_acquire) > 0; ++k) {
-      if (k < 10000) relax();
+      if (k < 500) relax();
       else std::this_thread::yield();
     }
   }
@@ -159,10 +159,11 @@ class Pool {
     if (shared) {
       const auto begin = std::chrono::steady_clock::now();
       do {
-        for (int k = 0; k < 32; ++k) {
+        for (int k = 0; k < 64; ++k) {
           if (generation.load(std::memory_order_acquire) != seen) return;
           relax();
         }
+        std::this_thread::yield();  // another worker may have been put on this core
       } while (std::chrono::steady_clock::now() - begin < SPIN);
     }
     std::unique_lock<std::mutex> guard(state);
