@@ -39,7 +39,7 @@ $(INSTALLED): pyproject.toml
 
 $(LIBRARY): $(INSTALLED) $(SOURCES)
 	@mkdir -p build
-	$(BIN)/cmake -S . -B build/host -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_BUILD_TYPE=Release > build/configure.log || { cat build/configure.log; exit 1; }
+	@$(BIN)/cmake -S . -B build/host -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_BUILD_TYPE=Release > build/configure.log || { cat build/configure.log; exit 1; }
 	$(BIN)/cmake --build build/host
 	@touch $@
 
