@@ -1,0 +1,67 @@
+"""What the tests of the model, the loop and the command line share: an easy data set, learners, a subprocess."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+# One thread for the small products here: on a busy machine OpenBLAS's threads wait for each other for most of
+# the time. It takes effect where NumPy is not imported yet, and in every subprocess.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+
+from mlp import configs, device  # noqa: E402
+from mlp.data import Dataset  # noqa: E402
+from mlp.scratch import ScratchLearner  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+BACKENDS = ("plain", "fused")
+
+
+def easy_images(rows: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 (rows, 784) and int32 (rows,): a random picture per class under noise that a linear model sees through."""
+    rng = np.random.default_rng(seed)
+    pictures = rng.random((classes, 784))
+    labels = (np.arange(rows) % classes).astype(np.int32)
+    pixels = 0.35 * pictures[labels] + 0.65 * rng.random((rows, 784))
+    return np.round(255 * pixels).astype(np.uint8), labels
+
+
+def easy_dataset(rows: int = 300, classes: int = 5, seed: int = 0) -> Dataset:
+    images, labels = easy_images(rows, classes, seed)
+    return Dataset("easy", images, labels, tuple(map(str, range(classes))), "no checksum")
+
+
+def cpu(backend: str, chunk_rows: int = 2048) -> device.Device:
+    """The CPU with plain or fused ops; an error where the fused kernels are not built."""
+    return replace(device.select("cpu", backend == "fused"), chunk_rows=chunk_rows)
+
+
+def learner(backend: str, data: Dataset, chunk_rows: int = 2048, model: str = "m1", **changes) -> ScratchLearner:
+    """A learner that trains on all of `data`."""
+    config = configs.preset(model, **changes)
+    return ScratchLearner(config, data, cpu(backend, chunk_rows), len(data.labels))
+
+
+def all_rows(data: Dataset) -> np.ndarray:
+    return np.arange(len(data.labels), dtype=np.int32)
+
+
+def close(actual, expected, tolerance: float) -> bool:
+    """Largest error at most `tolerance` times the largest expected magnitude; False where anything is NaN."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    return bool(np.abs(actual - expected).max() <= tolerance * np.abs(expected).max())
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, in which no data set can be fetched from the network."""
+    return os.environ | {"EMNIST_URL": "http://127.0.0.1:1/"}
+
+
+def train(*arguments, cwd: Path, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    """Run train.py in `cwd` to its end; `python`: what stands between the interpreter and the arguments."""
+    command = [sys.executable, *(python or (str(ROOT / "train.py"),)), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120)
