@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-from training import BACKENDS, all_rows, easy_dataset, learner
 
 from kernels import plain
 from mlp.evaluate import NOISE_SIGMA, Evaluation
 from mlp.model import MLP
+
+from .training import BACKENDS, all_rows, easy_dataset, learner
 
 HAND = np.array([[5, 1, 0], [2, 2, 0], [0, 1, 3]])  # rows are labels
 

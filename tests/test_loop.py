@@ -7,7 +7,6 @@ import threading
 
 import numpy as np
 import pytest
-from training import BACKENDS, all_rows, cpu, easy_dataset
 
 from kernels import host
 from mlp import configs
@@ -15,6 +14,8 @@ from mlp.data import Split, stratified_split
 from mlp.evaluate import Evaluation
 from mlp.loop import EpochRow, Reporter, fit
 from mlp.scratch import ScratchLearner
+
+from .training import BACKENDS, all_rows, cpu, easy_dataset
 
 ROWS = 25
 SPLIT = Split(np.arange(ROWS, dtype=np.int32), np.arange(25, 29, dtype=np.int32), np.arange(29, 30, dtype=np.int32))

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from training import BACKENDS, all_rows, close, easy_dataset, learner
 
 import kernels
 from kernels import plain
@@ -12,6 +11,8 @@ from mlp.data import Split
 from mlp.loop import fit
 from mlp.model import MLP, arena
 from mlp.scratch import ScratchLearner
+
+from .training import BACKENDS, all_rows, close, easy_dataset, learner
 
 M1_SIZES = (784, 400, 240, 120, 47)
 TORCH_ACTIVATIONS = {

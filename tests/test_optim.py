@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from training import BACKENDS, close, cpu
 
 from mlp import configs
 from mlp.optim import learning_rate, optimizer
+
+from .training import BACKENDS, close, cpu
 
 # Fields of our configuration, and the optimizer of torch that they stand for.
 CASES = {

@@ -6,15 +6,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-# One thread for the small products here: on a busy machine OpenBLAS's threads wait for each other for most of
-# the time. It takes effect where NumPy is not imported yet, and in every subprocess.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+import numpy as np
 
-import numpy as np  # noqa: E402
-
-from mlp import configs, device  # noqa: E402
-from mlp.data import Dataset  # noqa: E402
-from mlp.scratch import ScratchLearner  # noqa: E402
+from mlp import configs, device
+from mlp.data import Dataset
+from mlp.scratch import ScratchLearner
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKENDS = ("plain", "fused")
@@ -57,8 +53,9 @@ def close(actual, expected, tolerance: float) -> bool:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, in which no data set can be fetched from the network."""
-    return os.environ | {"EMNIST_URL": "http://127.0.0.1:1/"}
+    """This process's environment, but no data set can be fetched from the network, and BLAS has one thread:
+    for products this small its threads cost more than they save, and on a busy machine far more."""
+    return os.environ | {"EMNIST_URL": "http://127.0.0.1:1/", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def train(*arguments, cwd: Path, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
