@@ -16,7 +16,8 @@ def test_accuracy_and_macro_f1_by_hand():
     evaluation = Evaluation(0.25, HAND)
     assert evaluation.n == 14
     assert evaluation.accuracy == pytest.approx(10 / 14, rel=1e-15)
-    f1 = [2 * 5 / (2 * 5 + 2 + 1), 2 * 2 / (2 * 2 + 2 + 2), 2 * 3 / (2 * 3 + 0 + 1)]  # 2 TP / (2 TP + FP + FN)
+    # 2 TP / (2 TP + FP + FN)
+    f1 = [2 * 5 / (2 * 5 + 2 + 1), 2 * 2 / (2 * 2 + 2 + 2), 2 * 3 / (2 * 3 + 0 + 1)]
     assert evaluation.macro_f1 == pytest.approx(sum(f1) / 3, rel=1e-15)
     assert evaluation.summary() == {
         "accuracy": evaluation.accuracy, "macro_f1": evaluation.macro_f1, "cross_entropy": 0.25, "n": 14,
@@ -97,7 +98,7 @@ def test_fused_equals_plain():
     fused_learner = learner("fused", data, hidden=(32,))
     fused_learner.restore(plain_learner.snapshot())
     for sigma in NOISE_SIGMA:
-        one, other = plain_learner.evaluate(all_rows(data), sigma), fused_learner.evaluate(all_rows(data), sigma)
+        one, other = (ours.evaluate(all_rows(data), sigma) for ours in (plain_learner, fused_learner))
         assert one.confusion.tolist() == other.confusion.tolist()
         assert abs(one.cross_entropy - other.cross_entropy) <= 1e-5 * one.cross_entropy
 

@@ -18,7 +18,7 @@ from mlp.scratch import ScratchLearner
 from .training import BACKENDS, all_rows, cpu, easy_dataset
 
 ROWS = 25
-SPLIT = Split(np.arange(ROWS, dtype=np.int32), np.arange(25, 29, dtype=np.int32), np.arange(29, 30, dtype=np.int32))
+SPLIT = Split(*np.split(np.arange(30, dtype=np.int32), [ROWS, 29]))
 
 
 class Scripted:
@@ -118,7 +118,8 @@ def test_history_and_reporter_hear_everything():
     config = scripted_config(epochs=2, lr=0.4, schedule="exponential", gamma=0.5)
     history = fit(learner, SPLIT, config, Listener(), lambda history: lengths.append(len(history.rows)))
     assert heard == [
-        ("begin", 1, 2, ROWS), 10, 10, 5, ("end", 1, True), ("begin", 2, 2, ROWS), 10, 10, 5, ("end", 2, False),
+        ("begin", 1, 2, ROWS), 10, 10, 5, ("end", 1, True),
+        ("begin", 2, 2, ROWS), 10, 10, 5, ("end", 2, False),
     ]  # fmt: skip
     assert lengths == [1, 2]
     assert learner.calls == [(a, min(a + 10, ROWS), lr) for lr in (0.4, 0.2) for a in (0, 10, 20)]
@@ -235,5 +236,6 @@ def test_the_training_set_alone_is_trained_on():
 
 def test_the_columns_of_the_history_are_the_documented_ones():
     assert [field.name for field in dataclasses.fields(EpochRow)] == [
-        "epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds", "images_per_second",
+        "epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds",
+        "images_per_second",
     ]  # fmt: skip

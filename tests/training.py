@@ -1,4 +1,4 @@
-"""What the tests of the model, the loop and the command line share: an easy data set, learners, a subprocess."""
+"""What the tests of the model, the loop and the command line share: easy data, learners, a subprocess."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ BACKENDS = ("plain", "fused")
 
 
 def easy_images(rows: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 (rows, 784) and int32 (rows,): a random picture per class under noise that a linear model sees through."""
+    """uint8 (rows, 784) and int32 (rows,): a random picture per class, under noise."""
     rng = np.random.default_rng(seed)
     pictures = rng.random((classes, 784))
     labels = (np.arange(rows) % classes).astype(np.int32)
@@ -35,7 +35,7 @@ def cpu(backend: str, chunk_rows: int = 2048) -> device.Device:
     return replace(device.select("cpu", backend == "fused"), chunk_rows=chunk_rows)
 
 
-def learner(backend: str, data: Dataset, chunk_rows: int = 2048, model: str = "m1", **changes) -> ScratchLearner:
+def learner(backend: str, data: Dataset, chunk_rows=2048, model="m1", **changes) -> ScratchLearner:
     """A learner that trains on all of `data`."""
     config = configs.preset(model, **changes)
     return ScratchLearner(config, data, cpu(backend, chunk_rows), len(data.labels))
