@@ -13,6 +13,7 @@ from mlp.data import Dataset
 from mlp.scratch import ScratchLearner
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = str(ROOT / "train.py")
 BACKENDS = ("plain", "fused")
 
 
@@ -60,5 +61,28 @@ def environment() -> dict[str, str]:
 
 def train(*arguments, cwd: Path, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
     """Run train.py in `cwd` to its end; `python`: what stands between the interpreter and the arguments."""
-    command = [sys.executable, *(python or (str(ROOT / "train.py"),)), *map(str, arguments)]
+    command = [sys.executable, *(python or (SCRIPT,)), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+def script_after(code: str) -> tuple[str, ...]:
+    """Interpreter arguments that run train.py after `code`."""
+    run = f"sys.argv[0] = {SCRIPT!r}; runpy.run_path({SCRIPT!r}, run_name='__main__')"
+    return "-c", f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); {code}; {run}"
+
+
+def write_npy(folder: Path, rows: int = 1500, classes: int = 5) -> Path:
+    """A folder of easy images that `--data` takes."""
+    images, labels = easy_images(rows, classes)
+    folder.mkdir()
+    np.save(folder / "X_images.npy", images.reshape(-1, 28, 28))
+    np.save(folder / "y_images.npy", labels)
+    return folder
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every path below `folder`, with its size and the time it was last changed."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+    }
