@@ -65,7 +65,8 @@ def fields_read(source: str) -> set[str]:
 
 
 def test_the_search_for_readers_finds_only_readers():
-    assert fields_read("config.a; self.config.b; c.c(1); config.d = 1; other.e; 'config.f'; config") == set("abc")
+    source = "config.a; self.config.b; c.c(1); config.d = 1; other.e; 'config.f'; config"
+    assert fields_read(source) == set("abc")
 
 
 def test_every_field_is_read():
