@@ -99,7 +99,8 @@ def assert_refused(result, place, before, word):
 @pytest.mark.parametrize("arguments, word", MISTAKES, ids=[" ".join(words)[:40] for words, _ in MISTAKES])
 def test_a_mistake_is_one_line_and_changes_nothing(place, arguments, word):
     before = tree(place)
-    assert_refused(train(*arguments, cwd=place), place, before, word)
+    data = () if "--data" in arguments else ("--data", "nowhere")  # one that passes must not train
+    assert_refused(train(*data, *arguments, cwd=place), place, before, word)
 
 
 @pytest.mark.skipif(has_gpu(), reason="there is a GPU here")

@@ -131,6 +131,15 @@ def test_history_and_reporter_hear_everything():
     assert not np.array_equal(*learner.orders) and not np.array_equal(learner.orders[0], SPLIT.train)
 
 
+def test_the_seed_decides_the_order_of_the_images():
+    orders = []
+    for seed in (0, 0, 1):
+        learner = Scripted([1])
+        fit(learner, SPLIT, scripted_config(epochs=1, seed=seed))
+        orders.append(learner.orders[0].tolist())
+    assert orders[0] == orders[1] != orders[2]
+
+
 @pytest.fixture
 def handler():
     """A SIGINT handler of the caller's, which fit must give back."""

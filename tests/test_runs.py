@@ -154,12 +154,15 @@ def write_idx(folder, rows=120, classes=3):
 
 def test_idx_files_and_the_default_folder(tmp_path):
     write_idx(tmp_path / "idx")
-    for _ in range(2):  # the second run of the same second must not meet the first one's folder
-        result = train("--model", "m0", "--device", "cpu", "--data", "idx", "--epochs", 2, cwd=tmp_path)
+    arguments = ("--model", "m0", "--device", "cpu", "--data", "idx", "--epochs", 2)
+    same_second = script_after("import time; time.strftime = lambda *_: '20250131-235959'")
+    for python in ((), same_second, same_second):
+        result = train(*arguments, cwd=tmp_path, python=python)
         assert (result.returncode, result.stderr) == (0, "")
     folders = sorted((tmp_path / "runs").iterdir())
-    assert len(folders) == 2 and all(re.fullmatch(r"m0-idx-\d{8}-\d{6}x?", folder.name) for folder in folders)
+    assert len(folders) == 3
     for folder in folders:
+        assert re.fullmatch(r"m0-idx-\d{8}-\d{6}x?", folder.name)
         metrics, history = assert_complete(folder)
         assert metrics["data"] == "idx" and len(history) == 2
     assert {path.name for path in tmp_path.iterdir()} == {"idx", "runs"}
