@@ -2,7 +2,6 @@
 
 import json
 import os
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +15,9 @@ FORMAT = 1
 
 def save(path: Path, arrays: dict[str, np.ndarray], config: Config, class_names: tuple[str, ...]) -> None:
     """Write `path` whole or not at all: arrays by name, and as JSON the config and the names of the classes."""
-    about = json.dumps({"format": FORMAT, "config": asdict(config), "class_names": class_names})
+    about = json.dumps(
+        {"format": FORMAT, "config": asdict(config), "class_names": class_names, "arrays": list(arrays)}
+    )
     temporary = path.with_name(path.name + ".part")
     with open(temporary, "wb") as file:
         np.savez(file, about=np.array(about), **arrays)
@@ -30,12 +31,20 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], Config, tuple[str, ...]]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
+        for name, array in arrays.items():
+            if not isinstance(array, np.ndarray):  # NumPy hands out as bytes what does not begin like an array
+                raise ValueError(f"{name} is not an array")
         about = json.loads(str(arrays.pop("about")))
         if about["format"] != FORMAT:
             raise InputError(f"{path} has checkpoint format {about['format']}; this version reads format {FORMAT}")
+        if about["arrays"] != list(arrays):  # a damaged table of contents hides members without an error
+            raise ValueError(f"it holds {', '.join(arrays) or 'no arrays'}, expected {', '.join(about['arrays'])}")
         fields = about["config"] | {"hidden": tuple(about["config"]["hidden"])}
         return arrays, Config(**fields), tuple(about["class_names"])
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give the checkpoint.npz of a run's folder") from None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is not a readable checkpoint ({error}); give the one a run wrote") from None
+    except InputError:
+        raise
+    except Exception as error:  # damaged bytes raise nearly anything in zipfile, numpy and json
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path} is not a readable checkpoint ({reason}); give the one a run wrote") from None

@@ -56,8 +56,8 @@ class Config:
         _number("--decay", self.decay, 0.0, math.inf)
         _number("--gamma", self.gamma, 0.0, 1.0, open_low=True)
         _number("--momentum", self.momentum, 0.0, 1.0)
-        _number("beta1", self.beta1, 0.0, 1.0)
-        _number("beta2", self.beta2, 0.0, 1.0)
+        _number("beta1", self.beta1, 0.0, 1.0, open_high=True)
+        _number("beta2", self.beta2, 0.0, 1.0, open_high=True)
         _number("eps", self.eps, 0.0, math.inf, open_low=True)
         _number("--l2", self.l2, 0.0, math.inf)
         if self.momentum and self.optimizer != "sgd":
@@ -76,9 +76,11 @@ def _whole(flag, value, low, high):
         raise InputError(f"{flag} {value} is not possible; give a whole number from {low} to {high}")
 
 
-def _number(flag, value, low, high, open_low=False):
-    if not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
-        interval = f"{'above' if open_low else 'of at least'} {low:g}" + ("" if math.isinf(high) else f" and at most {high:g}")
+def _number(flag, value, low, high, open_low=False, open_high=False):
+    inside = (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
+    if not inside or math.isinf(value):
+        lower, upper = "above" if open_low else "of at least", "below" if open_high else "at most"
+        interval = f"{lower} {low:g}" + ("" if math.isinf(high) else f" and {upper} {high:g}")
         raise InputError(f"{flag} {value} is not possible; give a finite number {interval}")
 
 

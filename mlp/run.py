@@ -55,18 +55,19 @@ def train(config: Config, out: Path | None = None) -> int:
     device = select(config.device, config.fused)
     dataset = data.load(config.data)
     split = data.stratified_split(dataset.labels)
-    folder = _make_folder(out, config, dataset.name)
+    learner = ScratchLearner(config, dataset, device, len(split.train))
+    folder = _make_folder(out, config, dataset.name)  # last: whatever is refused leaves no folder behind
     if dataset.notice:
         print(f"\n*** {dataset.notice} ***\n")
     _write_json(folder / "config.json", _provenance(config, dataset, device))
-    learner = ScratchLearner(config, dataset, device, len(split.train))
     kernels = "fused kernels" if config.fused else "plain array code"
     print(
         f"{config.model} ({kernels}) on {dataset.name}: {len(split.train):,} / {len(split.val):,} / "
         f"{len(split.test):,} images to train / validate / test, {len(dataset.class_names)} classes\n"
         f"{describe(config)}; {learner.model.parameter_count:,} parameters\ndevice: {device.name}"
     )
-    history = fit(learner, split, config, ConsoleReporter(), lambda h: _write_history(folder, h.rows))
+    with np.errstate(over="ignore", invalid="ignore"):  # a loss that diverges is reported once, as such
+        history = fit(learner, split, config, ConsoleReporter(), lambda h: _write_history(folder, h.rows))
     return _finish(config, dataset, device, split, learner, history, folder, began)
 
 
@@ -127,9 +128,9 @@ def _make_folder(out: Path | None, config: Config, data_name: str) -> Path:
         out = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
         while out.exists():  # another run of the same second
             out = out.with_name(out.name + "x")
-    if (out / "config.json").exists():
-        raise InputError(f"--out {out} already holds a run; give a folder that does not exist or is empty")
     try:
+        if (out / "config.json").exists():
+            raise InputError(f"--out {out} already holds a run; give a folder that does not exist or is empty")
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".writable"
         probe.touch()
