@@ -128,17 +128,18 @@ struct Rows {
 
 // Cross-block reductions without float atomics: each block leaves its partial result in global
 // memory, and the block that arrives last adds them all, always in the same order. The counter is
-// zero before the launch and zero again after it. Pattern: CUDA sample threadFenceReduction.
+// zero before the launch and zero again after it. Pattern: CUDA sample threadFenceReduction. The fences are
+// those of the one thread that speaks for its block: the barriers order them with the other threads' accesses.
 DEVICE bool is_last_block(unsigned* counter, unsigned blocks) {
   __shared__ bool last;
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0 && threadIdx.y == 0) {
+    __threadfence();
     last = atomicAdd(counter, 1u) == blocks - 1;
+    __threadfence();
     if (last) *counter = 0;
   }
   __syncthreads();
-  __threadfence();
   return last;
 }
 
