@@ -90,6 +90,8 @@ struct Group {
     for_each<ITEMS>(C, [&](int k, int j) { x = x || f(k, j); });
     return __any_sync(0xffffffffu, x);
   }
+  // What any lane reads before comes before what any lane writes after; a shuffle or a vote promises less.
+  DEVICE static void sync() { __syncwarp(); }
 };
 
 // The elements [0, n) of flat arrays that belong to this thread: f(Width<W>, i), W elements from i on.
