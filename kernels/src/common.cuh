@@ -90,6 +90,8 @@ struct Group {
     for_each<ITEMS>(C, [&](int k, int j) { x = x || f(k, j); });
     return __any_sync(0xffffffffu, x);
   }
+  // What any lane reads before comes before what any lane writes after; a shuffle or a vote promises less.
+  DEVICE static void sync() { __syncwarp(); }
 };
 
 // The elements [0, n) of flat arrays that belong to this thread: f(Width<W>, i), W elements from i on.
@@ -113,6 +115,7 @@ struct Rows {
   DEVICE index_t wrap(index_t j) const { return j < columns ? j : j - columns; }
   template <class F> DEVICE void for_each(bool vector, F f) const {
     const index_t n = rows * columns;
+    if (n == 0) return;  // no division by a width of 0
     const index_t thread = blockIdx.x * (index_t)blockDim.x + threadIdx.x;
     const index_t threads = gridDim.x * (index_t)blockDim.x;
     const index_t packed = vector && columns >= 4 ? n / 4 : 0;
@@ -128,17 +131,18 @@ struct Rows {
 
 // Cross-block reductions without float atomics: each block leaves its partial result in global
 // memory, and the block that arrives last adds them all, always in the same order. The counter is
-// zero before the launch and zero again after it. Pattern: CUDA sample threadFenceReduction.
+// zero before the launch and zero again after it. Pattern: CUDA sample threadFenceReduction. The fences are
+// those of the one thread that speaks for its block: the barriers order them with the other threads' accesses.
 DEVICE bool is_last_block(unsigned* counter, unsigned blocks) {
   __shared__ bool last;
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0 && threadIdx.y == 0) {
+    __threadfence();
     last = atomicAdd(counter, 1u) == blocks - 1;
+    __threadfence();
     if (last) *counter = 0;
   }
   __syncthreads();
-  __threadfence();
   return last;
 }
 

@@ -34,9 +34,10 @@ template <class Row>
 DEVICE RowResult softmax_xent_row(Row row, const float* x, float* dx, int C, int label, float scale) {
   constexpr int K = Row::items;
   const bool valid = label >= 0 && label < C;
-  const float own = valid ? x[label] : not_a_number();  // read before any write, because dx may be x
+  const float own = valid ? x[label] : not_a_number();
   const float largest = Group::max<K>(C, [&](int, int j) { return x[j]; });
   const bool beaten = Group::any<K>(C, [&](int, int j) { return x[j] == largest && j < label; });
+  Group::sync();  // dx may be x, and another lane writes where `own` was read
 
   Group::for_each<K>(C, [&](int k, int j) { row.at(k, j) = exponential(x[j] - largest); });
   const float total = Group::sum<K>(C, [&](int k, int j) { return row.at(k, j); });

@@ -77,6 +77,7 @@ DEVICE float sine_of_turns(float x) { return std::sin(6.2831853071795865f * x); 
 struct Group {
   static constexpr int LANES = 16;
   DEVICE static int lane() { return 0; }
+  DEVICE static void sync() {}
   template <int, class F> DEVICE static void for_each(int C, F f) {
     INDEPENDENT for (int j = 0; j < C; ++j) f(0, j);
   }
