@@ -37,7 +37,9 @@ def assert_close(actual, reference, rtol, atol=0.0, magnitude=None):
     """
     actual, reference = (to_numpy(x).astype(np.float64) for x in (actual, reference))
     assert actual.shape == reference.shape, f"shape {actual.shape} instead of {reference.shape}"
-    magnitude = np.abs(reference) if magnitude is None else np.broadcast_to(to_numpy(magnitude), reference.shape)
+    magnitude = (
+        np.abs(reference) if magnitude is None else np.broadcast_to(to_numpy(magnitude), reference.shape)
+    )
     same = (actual == reference) | (np.isnan(actual) & np.isnan(reference))
     with np.errstate(invalid="ignore", over="ignore"):
         error, bound = np.abs(actual - reference), rtol * magnitude + atol
@@ -81,7 +83,7 @@ class Backend:
         return flat.reshape(values.shape)
 
     def outputs(self, *shape, dtype=np.float32, offset=0):
-        """An output full of NaN (integers: -7), and a function that fails if its surroundings were written."""
+        """An output full of NaN (integers: -7), and a check that nothing beside it was written."""
         size = int(np.prod(shape))
         buffer = self.xp.full(_PAD + offset + size + _PAD, _SENTINEL, dtype)
         out = buffer[_PAD + offset : _PAD + offset + size]

@@ -1,4 +1,4 @@
-"""Back ends for the kernel tests, and the marker `gpu`: skipped, with what is missing, where there is no GPU."""
+"""Back ends for the kernel tests. Those marked `gpu` are skipped, with what is missing, where there is no GPU."""
 
 import functools
 
@@ -52,6 +52,12 @@ _FORMS = (
 def backend(request) -> Backend:
     """The compiled ops, on NumPy arrays and on CuPy arrays."""
     return _backend(request.param, kernels)
+
+
+@pytest.fixture
+def host_backend() -> Backend:
+    """The compiled ops on NumPy arrays, for what concerns the CPU alone."""
+    return _backend("host", kernels)
 
 
 @pytest.fixture(params=_FORMS)

@@ -44,7 +44,8 @@ SLOPE = {  # as torch has them at 0 and at NaN
 RTOL = {a: 3 * EPS if a in ("identity", "relu", "leaky_relu") else ELEMENTWISE for a in ACTIVATIONS}
 
 SPECIAL = np.array(
-    [0.0, 1e-45, 1e-40, 1.2e-38, 1e-20, 0.5, 1.0, 3.7, 5.0, 5.5, 6.0, 10.0, 88.0, 89.0, 104.0, 1e4, np.inf], np.float32
+    [0.0, 1e-45, 1e-40, 1.2e-38, 1e-20, 0.5, 1.0, 3.7, 5.0, 5.5, 6.0, 10.0, 88.0, 89.0, 104.0, 1e4, np.inf],
+    np.float32,
 )
 SPECIAL = np.concatenate([SPECIAL, -SPECIAL, [np.float32(np.nan)]])
 
@@ -98,7 +99,7 @@ def test_inputs_stay_as_they_were(form, rng, activation):
     arrays = [form.array(x) for x in (z, bias, dy)]
     form.ops.bias_act(arrays[0], arrays[1], activation)
     form.ops.bias_act_backward(arrays[2], arrays[0], activation, arrays[1])
-    for array, before in zip(arrays, (z, bias, dy)):
+    for array, before in zip(arrays, (z, bias, dy), strict=True):
         assert_close(array, before, rtol=0.0)
 
 
@@ -110,7 +111,9 @@ def test_in_place(form, rng, activation):
         values, gradient = form.array(z), form.array(dy)
         assert form.ops.bias_act(values, form.array(bias), activation, out=values) is values
         assert_close(values, expected, RTOL[activation], magnitude=np.abs(z + bias))
-        dz, dbias = form.ops.bias_act_backward(gradient, form.array(z), activation, form.array(bias), out=gradient)
+        dz, dbias = form.ops.bias_act_backward(
+            gradient, form.array(z), activation, form.array(bias), out=gradient
+        )
         assert dz is gradient
         _assert_gradients(dz, dbias, dy, (z + bias).astype(np.float64), activation)
 
@@ -125,7 +128,7 @@ def test_the_output_serves_as_saved(form, rng, activation):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_special_values(form, activation):
-    """Signed zeros, denormals, infinities and NaN, each in every lane of a pack; a row of one kind per column."""
+    """Signed zeros, denormals, infinities and NaN, each in every lane of a pack of 4."""
     z = np.stack([np.roll(SPECIAL, shift) for shift in range(4)])
     u = np.where(np.abs(z) < form.smallest, np.copysign(0.0, z), z).astype(np.float64)
     zeros, ones = np.zeros(z.shape[1], np.float32), np.ones_like(z)
@@ -205,7 +208,10 @@ def test_against_torch(form, rng, activation):
 def test_fused_equals_plain(B, N, activation, seed):
     z, bias, dy = _inputs(np.random.default_rng(seed), B, N)
     assert_close(
-        kernels.bias_act(z, bias, activation), plain.bias_act(z, bias, activation), 2e-6, magnitude=np.abs(z + bias)
+        kernels.bias_act(z, bias, activation),
+        plain.bias_act(z, bias, activation),
+        2e-6,
+        magnitude=np.abs(z + bias),
     )
     fused, reference = (ops.bias_act_backward(dy, z, activation, bias) for ops in (kernels, plain))
     assert_close(fused[0], reference[0], 2 * ELEMENTWISE, magnitude=np.abs(dy))

@@ -1,4 +1,4 @@
-"""gather_batch against a float64 formula, its noise against Philox's published vectors, its warp against SciPy."""
+"""gather_batch against a float64 formula; its noise against Philox's known answers, its warp against SciPy."""
 
 import numpy as np
 import pytest
@@ -12,8 +12,8 @@ from .checks import ELEMENTWISE, EPS, OFFSETS, SHAPES, assert_close, assert_same
 # Box-Muller in float32: the angle 2 pi u < 6.3 is off by a rounding of the product and one of 2 pi, together
 # 4e-7, and the radius is at most sqrt(-2 log 2^-24) = 5.8.
 NOISE = 3e-6
-# A source coordinate adds four terms of up to 30 pixels in float32: off by up to 8e-6, and neighbouring pixels
-# differ by up to 1, in two directions.
+# A source coordinate adds four terms of up to 30 pixels in float32 and is off by up to 8e-6; neighbouring
+# pixels differ by up to 1, in two directions.
 WARP = 2e-5
 
 SEED = 0xFEDC_BA98_7654_3210
@@ -32,9 +32,9 @@ def _arrays(form, images, labels, index, offset=0):
 
 
 def reference_noise(index, D, seed):
-    """Box-Muller in float64 over Philox bits, counter (pixel // 4, image, 0, 0), 23 bits to each uniform number."""
+    """Box-Muller in float64 over Philox bits: counter (pixel // 4, image, 0, 0), 23 bits per uniform number."""
     noise = np.zeros((len(index), D + 3))
-    for row, image in zip(noise, index):
+    for row, image in zip(noise, index, strict=True):
         quads = np.arange(-(-D // 4), dtype=np.uint64)
         counters = quads, np.full_like(quads, image), np.zeros_like(quads), np.zeros_like(quads)
         bits = plain._philox4x32(np, counters, seed % 2**32, seed // 2**32)
@@ -156,7 +156,12 @@ def test_noise_is_standard_normal_and_independent(form):
     assert abs(stats.skew(x, axis=None)) < 5 * np.sqrt(6 / n)
     assert abs(stats.kurtosis(x, axis=None)) < 5 * np.sqrt(24 / n)
     assert stats.kstest(x.ravel()[::4], "norm").pvalue > 1e-4
-    for a, b in [(x[:, :-1], x[:, 1:]), (x[:, :-2], x[:, 2:]), (x[:-1], x[1:]), (x[:, :-1] ** 2, x[:, 1:] ** 2)]:
+    for a, b in [
+        (x[:, :-1], x[:, 1:]),
+        (x[:, :-2], x[:, 2:]),
+        (x[:-1], x[1:]),
+        (x[:, :-1] ** 2, x[:, 1:] ** 2),
+    ]:
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 5 / np.sqrt(a.size)
 
 
@@ -207,7 +212,7 @@ def test_maps_between_pixels_are_bilinear(form, rng):
 
 
 def test_maps_against_torch_grid_sample(form, rng):
-    """torch's theta is in units of half the distance between the outer pixels' centres (align_corners=True)."""
+    """torch's unit is half the distance between the outer pixels' centres (align_corners=True)."""
     torch = pytest.importorskip("torch")
     side = 28
     images = rng.integers(0, 256, (6, side * side), np.uint8)
@@ -233,7 +238,9 @@ def test_fused_equals_plain_with_everything(rng):
     index = rng.integers(-2, 22, 64).astype(np.int32)
     affine = (np.eye(2, 3) + rng.normal(0, 0.1, (64, 2, 3))).astype(np.float32)
     settings = dict(mean=0.17, scale=3.0, noise_sigma=0.2, seed=SEED, affine=affine)
-    (x, y), (plain_x, plain_y) = (ops.gather_batch(images, labels, index, **settings) for ops in (kernels, plain))
+    (x, y), (plain_x, plain_y) = (
+        ops.gather_batch(images, labels, index, **settings) for ops in (kernels, plain)
+    )
     assert_close(x, plain_x, 2 * ELEMENTWISE, atol=3 * (2 * WARP + 0.4 * NOISE))
     assert_same_bits(y, plain_y)
 
@@ -243,5 +250,5 @@ def test_inputs_stay_as_they_were(form, rng, offset):
     images, labels = _data(rng, 4, 25)
     arrays = _arrays(form, images, labels, [1, 3], offset)
     form.ops.gather_batch(*arrays, noise_sigma=0.1)
-    for array, before in zip(arrays, (images, labels, np.array([1, 3], np.int32))):
+    for array, before in zip(arrays, (images, labels, np.array([1, 3], np.int32)), strict=True):
         assert_same_bits(array, before)

@@ -51,7 +51,7 @@ def test_new_results_are_tensors(op):
     if not isinstance(results, tuple):
         expected, results = (expected,), (results,)
     assert len(results) == len(expected)
-    for result, reference in zip(results, expected):
+    for result, reference in zip(results, expected, strict=True):
         assert isinstance(result, torch.Tensor) and result.shape == np.shape(reference)
         assert_same_bits(result, np.asarray(reference))
         result.add_(1)  # a tensor of its own, that may be written
@@ -108,7 +108,9 @@ def test_a_side_stream_is_torchs():
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
             z = torch.full((4096, 4096), float("nan"), device="cuda")
-            torch.cuda._sleep(10_000_000)  # some milliseconds: an op on another stream would overtake the fill
+            torch.cuda._sleep(
+                10_000_000
+            )  # some milliseconds: an op on another stream would overtake the fill
             z.fill_(2.0)
             y = kernels.bias_act(z, bias)
             total = y.sum()
