@@ -39,7 +39,36 @@ def _library() -> ctypes.CDLL:
     if library.kernels_source_hash().decode() != source.digest():
         raise BackendError(f"{LIBRARY} was built from other sources than {source.DIRECTORY}; run `make build`")
     set_threads(_default_threads(), library)
+    if os.environ.get("KERNELS_SHARE_BLAS", "1") != "0":
+        share_blas_threads(True, library)
     return library
+
+
+# The setter's name in NumPy's own wheels (64-bit integers, prefixed), in other 64-bit builds, and in plain ones.
+_OPENBLAS_NAMES = ("scipy_openblas_{}64_", "openblas_{}64_", "openblas_{}")
+
+
+def share_blas_threads(yes: bool, library: ctypes.CDLL | None = None) -> bool:
+    """Let NumPy's OpenBLAS run its jobs on this library's threads, or give it back its own.
+
+    Two pools in one process take the cores from each other. Returns whether they are shared now: False where
+    NumPy uses another BLAS. The environment variable KERNELS_SHARE_BLAS=0 keeps them apart from the start.
+    """
+    library = library or _library()
+    numpy_library = ctypes.CDLL(np._core._multiarray_umath.__file__)  # a symbol search reaches what it links
+    for name in _OPENBLAS_NAMES:
+        setter = getattr(numpy_library, name.format("set_threads_callback_function"), None)
+        threads = getattr(numpy_library, name.format("get_num_threads"), None)
+        if setter is None or threads is None:
+            continue
+        setter.argtypes, setter.restype = [_P], None
+        if yes:
+            library.kernels_serve_blas(1, threads() - 1)
+        setter(ctypes.cast(library.kernels_run_blas, _P) if yes else None)
+        if not yes:
+            library.kernels_serve_blas(0, 0)
+        return yes
+    return False
 
 
 def _default_threads() -> int:
@@ -53,7 +82,7 @@ def _default_threads() -> int:
 
 def set_threads(threads: int, library: ctypes.CDLL | None = None) -> None:
     """Let large ops use up to `threads` threads, the caller's among them. Results do not depend on it."""
-    (library or _library()).kernels_set_workers(ctypes.c_int(threads - 1))
+    (library or _library()).kernels_set_helpers(ctypes.c_int(threads - 1))
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Back ends for the kernel tests. Those marked `gpu` are skipped, with what is missing, where there is no GPU."""
+"""Back ends for the kernel tests. Tests marked `gpu` are skipped, with the reason, where there is no GPU."""
 
 import functools
 
@@ -9,10 +9,6 @@ import kernels
 from kernels import cuda, host, plain
 
 from .checks import Backend
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs CuPy and an NVIDIA GPU")
 
 
 @functools.cache

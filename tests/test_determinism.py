@@ -64,6 +64,12 @@ def _gather_batch(backend, rng, B, N):
     return lambda: kernels.gather_batch(images, labels, index, noise_sigma=0.1, seed=4, affine=affine)
 
 
+def _matrix_product(backend, rng, B, N):
+    """BLAS may run on the same threads; whole numbers make its result exact in any order."""
+    a = backend.array(rng.integers(-8, 9, (min(B, 500), N)))
+    return lambda: (a.T @ a,)
+
+
 OPS = {f.__name__[1:]: f for f in (
     _bias_act, _bias_act_backward, _softmax_cross_entropy, _adam_step, _sgd_step, _gather_batch,
 )}  # fmt: skip
@@ -97,7 +103,8 @@ def test_the_number_of_threads_changes_no_bit(rng, set_threads, host_backend, op
 def test_python_threads_do_not_disturb_each_other(rng, set_threads, host_backend):
     """One caller at a time has the worker threads; the others do their work alone."""
     set_threads(4)
-    runs = [make(host_backend, rng, *shape) for make in OPS.values() for shape in (SMALL, LARGE)]
+    makers = [*OPS.values(), _matrix_product]
+    runs = [make(host_backend, rng, *shape) for make in makers for shape in (SMALL, LARGE)]
     expected = [run() for run in runs]
     with ThreadPoolExecutor(6) as executor:
         futures = [(k, executor.submit(run)) for _ in range(3) for k, run in enumerate(runs)]

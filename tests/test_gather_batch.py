@@ -1,4 +1,4 @@
-"""gather_batch against a float64 formula; its noise against Philox's known answers, its warp against SciPy."""
+"""gather_batch against a float64 formula; noise against Philox's known answers, warps against SciPy."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def _arrays(form, images, labels, index, offset=0):
 
 
 def reference_noise(index, D, seed):
-    """Box-Muller in float64 over Philox bits: counter (pixel // 4, image, 0, 0), 23 bits per uniform number."""
+    """Box-Muller in float64 over Philox bits: counter (pixel // 4, image, 0, 0), 23 bits per number."""
     noise = np.zeros((len(index), D + 3))
     for row, image in zip(noise, index, strict=True):
         quads = np.arange(-(-D // 4), dtype=np.uint64)

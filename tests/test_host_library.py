@@ -61,6 +61,13 @@ def test_unloadable(changed, tmp_path, content):
     _assert_refused(r"broken\.so cannot be loaded \(.*\); run `make build`")
 
 
+def test_another_library(changed, tmp_path):
+    """A file that loads, and is not this library."""
+    shutil.copy(np._core._multiarray_umath.__file__, tmp_path / "other.so")
+    changed.setattr(host, "LIBRARY", tmp_path / "other.so")
+    _assert_refused(r"other\.so.*run `make build`")
+
+
 def test_built_from_other_sources(changed):
     changed.setattr(source, "digest", lambda: "0" * 64)
     _assert_refused("other sources.*run `make build`")
@@ -97,8 +104,11 @@ def test_digest_follows_every_header(changed, tmp_path, change):
 
 
 def _large():
-    z = np.random.default_rng(5).normal(0, 2, (3000, 801)).astype(np.float32)
-    return kernels.bias_act_backward(z, z, "gelu")
+    """Results of a fused op and of BLAS; whole numbers make a product exact in any order."""
+    rng = np.random.default_rng(5)
+    z = rng.normal(0, 2, (3000, 801)).astype(np.float32)
+    a = rng.integers(-8, 9, (700, 700)).astype(np.float32)
+    return *kernels.bias_act_backward(z, z, "gelu"), a @ a
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc, which Linux has")
@@ -121,6 +131,18 @@ print(before, count())
     assert result.returncode == 0, result.stderr
     before, after = map(int, result.stdout.split())
     assert before == 1 < after <= 4
+
+
+def test_blas_computes_the_same_on_shared_threads():
+    a = np.random.default_rng(5).integers(-8, 9, (700, 700))
+    expected = a @ a
+    try:
+        for yes in (True, False, True):
+            if host.share_blas_threads(yes) != yes:
+                pytest.skip("NumPy's BLAS is not an OpenBLAS that lends its jobs")
+            assert_same_bits(a.astype(np.float32) @ a.astype(np.float32), expected.astype(np.float32))
+    finally:
+        host.share_blas_threads(os.environ.get("KERNELS_SHARE_BLAS", "1") != "0")
 
 
 def _wait_for(child, seconds) -> int:

@@ -17,7 +17,7 @@ moderate = settings(deadline=None, max_examples=100)
 def _assert_within_limits(grid, block):
     for shape, limits in ((grid, LIMITS_GRID), (block, LIMITS_BLOCK)):
         assert 1 <= len(shape) <= 3
-        assert all(type(n) is int and 1 <= n <= limit for n, limit in zip(shape, limits, strict=True))
+        assert all(type(n) is int and 1 <= n <= limit for n, limit in zip(shape, limits, strict=False))
     threads = 1
     for n in block:
         threads *= n

@@ -55,7 +55,7 @@ def sgd(p, g, u, *, lr, momentum=0.0, weight_decay=0.0):
 
 
 def _state(rng, P, fresh):
-    """p, g, m, v; m and v are 0 where the optimizer is fresh. Every third p is 0, so that only its move shows."""
+    """p, g, m, v; m and v are 0 where the optimizer is fresh. A third of p is 0: only its move shows."""
     p, g, m = (rng.normal(0, 1, P).astype(np.float32) for _ in range(3))
     p[::3] = 0.0
     g *= np.float32(10.0) ** rng.integers(-4, 3, P).astype(np.float32)

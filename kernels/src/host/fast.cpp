@@ -1,6 +1,6 @@
 // The C entry points of the fast host build: the same device code as module.cu, a contiguous chunk at a
 // time. Chunks depend on the shape alone, and sums over chunks run in order, so results do not depend on
-// the number of threads. The nanoseconds per element are rough; they only decide whether to wake the pool.
+// the number of threads. The nanoseconds per element are rough; they only decide whether to share the work.
 #include "../adam.cuh"
 #include "../batch.cuh"
 #include "../bias_act.cuh"
@@ -12,13 +12,13 @@
 
 namespace {
 
-constexpr index_t CHUNK_ELEMENTS = 32768;  // 128 KB of float32: a chunk's operands stay in the L2 cache
-constexpr index_t CHUNK_ROWS = 512;        // a running column sum of more rows would lose digits
+constexpr index_t CHUNK_ELEMENTS = 8192;  // 32 KB of float32: work for microseconds, and enough of it to share
+constexpr index_t CHUNK_ROWS = 512;       // a running column sum of more rows would lose digits
 
 index_t divide_up(index_t a, index_t b) { return (a + b - 1) / b; }
 
 template <class F> void over_elements(index_t n, double nanoseconds_each, F f) {
-  Pool::instance().run(divide_up(n, CHUNK_ELEMENTS), n * nanoseconds_each, [&](index_t k) {
+  Pool::instance().share(divide_up(n, CHUNK_ELEMENTS), n * nanoseconds_each, [&](index_t k) {
     f(Range{k * CHUNK_ELEMENTS, std::min(n, (k + 1) * CHUNK_ELEMENTS)});
   });
 }
@@ -31,7 +31,7 @@ struct RowChunks {
 };
 
 template <class F> void over_rows(const RowChunks& c, double nanoseconds_each, F f) {
-  Pool::instance().run(c.count, (double)c.B * c.N * nanoseconds_each, [&](index_t k) {
+  Pool::instance().share(c.count, (double)c.B * c.N * nanoseconds_each, [&](index_t k) {
     f(k, Rows{k * c.rows, std::min(c.B, (k + 1) * c.rows), c.N});
   });
 }
@@ -53,7 +53,16 @@ template <class Act> void backward(const float* dy, const float* saved, const fl
 
 EXPORT const char* kernels_source_hash() { return KERNELS_SOURCE_HASH; }
 
-EXPORT void kernels_set_workers(int workers) { Pool::instance().resize(workers); }
+// At most `helpers` workers beside the caller take part in an op.
+EXPORT void kernels_set_helpers(int helpers) { Pool::instance().limit(helpers); }
+
+// Announces (or takes back) that kernels_run_blas is OpenBLAS's threading callback.
+EXPORT void kernels_serve_blas(int yes, int workers) { Pool::instance().serve_blas(yes, workers); }
+
+// OpenBLAS's openblas_threads_callback: run dojob on each of `count` elements, all at the same time.
+EXPORT void kernels_run_blas(int, void (*dojob)(int, void*, int), int count, size_t size, void* data, int argument) {
+  Pool::instance().together(count, [=](index_t k) { dojob((int)k, static_cast<char*>(data) + k * size, argument); });
+}
 
 #define BIAS_ACT(name, Act, forward_cost, backward_cost)                                                      \
   EXPORT void bias_act_##name(const float* z, const float* bias, float* y, index_t B, index_t N) {            \

@@ -1,87 +1,185 @@
-// A few worker threads that sleep until there is a lot to do.
+// The host library's threads, which it can share with NumPy's BLAS.
 //
-// They must not take cores from BLAS, whose own threads spin between the matrix products of a training
-// step. So the workers never spin, and the caller starts on the chunks at once and never waits for a
-// worker that has not begun: a worker that wakes too late finds nothing left. Waking costs tens of
-// microseconds, so only work of WORTH_WAKING nanoseconds and more is shared at all.
-// Which thread runs a chunk changes nothing: the chunks depend on the shape alone.
+// Two pools in one process fight for the cores: BLAS threads spin between the matrix products of a training
+// step, just when the fused ops want to run. So there is one pool. OpenBLAS hands it its jobs through the
+// threading callback that it offers for this (openblas_set_threads_callback_function; see host.py). Workers
+// then spin for SPIN after each job, because the next is microseconds away, and sleep after that. Where BLAS
+// keeps its own threads (`shared` is false), workers never spin and are woken only for long work.
+//
+// share(): chunks go to whoever comes. The caller starts at once and never waits for a worker that has not
+//          begun. Which thread runs a chunk changes nothing, because chunks depend on the shape alone.
+// together(): job k runs on thread k, all at the same time: BLAS jobs wait for each other.
 #pragma once
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
-#include <cstdlib>
 #include <mutex>
 #include <thread>
 #include <vector>
 
 class Pool {
  public:
-  static constexpr double WORTH_WAKING = 4e5;
+  static Pool& instance() { return *current(); }
 
-  static Pool& instance() {
-    static Pool* const pool = new Pool;  // never destroyed: its threads may outlive static destructors
-    return *pool;
-  }
+  // share() uses at most `count` workers beside the caller.
+  void limit(int count) { helpers = count; }
 
-  void resize(int workers) {
+  // Whether BLAS runs its jobs here, which at most `count` workers beside the caller do at a time.
+  void serve_blas(bool yes, int count) {
     std::lock_guard<std::mutex> one_caller(callers);
-    wanted = workers;
+    if (yes) grow(count);
+    shared = yes;
   }
 
   // f(chunk) for every chunk in [0, chunks), in any order, returning when all are done.
-  template <class F> void run(long long chunks, double nanoseconds, F f) {
+  template <class F> void share(long long chunks, double nanoseconds, F f) {
     std::unique_lock<std::mutex> one_caller(callers, std::try_to_lock);
-    if (!one_caller || wanted == 0 || chunks < 2 || nanoseconds < WORTH_WAKING) {
+    if (!one_caller || helpers == 0 || chunks < 2 || nanoseconds < (shared ? 1e4 : 4e5)) {
       for (long long k = 0; k < chunks; ++k) f(k);
       return;
     }
-    while ((int)threads.size() < wanted) threads.emplace_back([this] { work(); });
-    {
-      std::lock_guard<std::mutex> guard(state);
-      job = {[](void* g, long long k) { (*static_cast<F*>(g))(k); }, &f, chunks};
-      next.store(0);
-      open = true;
-      ++generation;
-    }
-    awake.notify_all();
+    grow(helpers);
+    next.store(0, std::memory_order_relaxed);
+    publish({[](void* g, long long k) { (*static_cast<F*>(g))(k); }, &f, chunks, false});
     take_chunks(job);
-    std::unique_lock<std::mutex> guard(state);
-    open = false;
-    finished.wait(guard, [this] { return inside == 0; });
+    withdraw();
+  }
+
+  // f(k) for every k in [0, jobs), each on a thread of its own.
+  template <class F> void together(int jobs, F f) {
+    std::lock_guard<std::mutex> one_caller(callers);
+    grow(jobs - 1);
+    running.store(jobs - 1, std::memory_order_relaxed);
+    publish({[](void* g, long long k) { (*static_cast<F*>(g))(k); }, &f, jobs, true});
+    f(0);
+    wait_for_zero(running);
+    withdraw();
   }
 
  private:
+  static constexpr auto SPIN = std::chrono::microseconds(100);
+
   struct Job {
     void (*call)(void*, long long);
     void* closure;
-    long long chunks;
+    long long count;
+    bool together;
   };
 
-  void take_chunks(const Job& j) {
-    for (long long k; (k = next.fetch_add(1)) < j.chunks;) j.call(j.closure, k);
+  static void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
   }
 
-  void work() {
-    unsigned seen = 0;
-    std::unique_lock<std::mutex> guard(state);
-    for (;;) {
-      awake.wait(guard, [&] { return open && generation != seen; });
-      seen = generation;
-      ++inside;
-      const Job mine = job;
-      guard.unlock();
-      take_chunks(mine);
-      guard.lock();
-      if (--inside == 0) finished.notify_one();
+  // Never destroyed, since its threads outlive static destructors. A forked child has none of the threads,
+  // so it gets a new pool.
+  static Pool*& current() {
+    static Pool* pool = [] {
+      pthread_atfork(nullptr, nullptr, [] {
+        Pool* const parent = current();
+        current() = new Pool;
+        current()->helpers = parent->helpers.load();
+        current()->shared = parent->shared.load();
+      });
+      return new Pool;
+    }();
+    return pool;
+  }
+
+  void grow(int count) {
+    while ((int)threads.size() < count) {
+      const int index = (int)threads.size();
+      threads.emplace_back([this, index] { work(index); });
+      threads.back().detach();
     }
   }
 
+  void publish(const Job& j) {
+    bool wake;
+    {
+      std::lock_guard<std::mutex> guard(state);
+      job = j;
+      open = true;
+      generation.fetch_add(1, std::memory_order_release);
+      wake = sleepers > 0;
+    }
+    if (wake) awake.notify_all();
+  }
+
+  // Lets no further worker in and waits for those inside.
+  void withdraw() {
+    {
+      std::lock_guard<std::mutex> guard(state);
+      open = false;
+    }
+    wait_for_zero(inside);
+  }
+
+  // Spins briefly; then the thread that is waited for may need this core.
+  static void wait_for_zero(const std::atomic<int>& count) {
+    for (int k = 0; count.load(std::memory_order_acquire) > 0; ++k) {
+      if (k < 500) relax();
+      else std::this_thread::yield();
+    }
+  }
+
+  void take_chunks(const Job& j) {
+    for (long long k; (k = next.fetch_add(1, std::memory_order_relaxed)) < j.count;) j.call(j.closure, k);
+  }
+
+  void work(int index) {
+    unsigned seen = 0;
+    for (;;) {
+      wait_for_news(seen);
+      Job mine;
+      {
+        std::lock_guard<std::mutex> guard(state);
+        seen = generation.load(std::memory_order_relaxed);
+        if (!open || (job.together ? index + 1 >= job.count : index >= helpers)) continue;
+        inside.fetch_add(1, std::memory_order_relaxed);
+        mine = job;
+      }
+      if (mine.together) {
+        mine.call(mine.closure, index + 1);
+        running.fetch_sub(1, std::memory_order_release);
+      } else {
+        take_chunks(mine);
+      }
+      inside.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  void wait_for_news(unsigned seen) {
+    if (shared) {
+      const auto begin = std::chrono::steady_clock::now();
+      do {
+        for (int k = 0; k < 64; ++k) {
+          if (generation.load(std::memory_order_acquire) != seen) return;
+          relax();
+        }
+        std::this_thread::yield();  // another worker may have been put on this core
+      } while (std::chrono::steady_clock::now() - begin < SPIN);
+    }
+    std::unique_lock<std::mutex> guard(state);
+    ++sleepers;
+    awake.wait(guard, [&] { return generation.load(std::memory_order_relaxed) != seen; });
+    --sleepers;
+  }
+
   std::mutex callers, state;
-  std::condition_variable awake, finished;
+  std::condition_variable awake;
   std::vector<std::thread> threads;
   std::atomic<long long> next{0};
+  std::atomic<unsigned> generation{0};
+  std::atomic<int> inside{0}, running{0}, helpers{0};
+  std::atomic<bool> shared{false};
   Job job{};
-  int wanted = 0, inside = 0;
-  unsigned generation = 0;
+  int sleepers = 0;
   bool open = false;
 };

@@ -1,0 +1,47 @@
+# From a bare machine with Python 3.11+ and a C++ compiler to a result:
+#   make train     environment, dependencies, host library, then: python train.py --model m1 --fused
+#   make test      environment, dependencies, host library, then the whole test suite
+# Others: make build | bench | clean.   ARGS="..." goes to train.py, pytest or the benchmark.
+#   make CUPY=cupy-cuda13x ...   uses CuPy for CUDA 13;   make CUPY= ...   goes without CuPy
+
+PYTHON ?= python3
+VENV ?= .venv
+CUPY ?= $(if $(filter Darwin,$(shell uname -s)),,cupy-cuda12x)
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed-$(or $(CUPY),without-cupy)
+LIBRARY := kernels/libkernels_host.so
+SOURCES := CMakeLists.txt $(wildcard kernels/src/*.* kernels/src/host/*.*)
+
+.PHONY: train test bench build clean
+.DELETE_ON_ERROR:
+
+train: build
+	$(BIN)/python train.py --model m1 --fused $(ARGS)
+
+test: build
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: build
+	$(BIN)/python profile/bench_step.py --device cpu $(ARGS)
+
+build: $(LIBRARY)
+
+# The dependencies of pyproject.toml, with the CuPy that was asked for; the project itself runs from this folder.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/installed-*
+	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  e = p["optional-dependencies"]; d = [x for x in p["dependencies"] if not x.startswith("cupy")]; \
+	  print("\n".join(d + e["test"] + e["build"] + "$(CUPY)".split()))' > $(VENV)/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement $(VENV)/requirements.txt
+	@touch $@
+
+$(LIBRARY): $(INSTALLED) $(SOURCES)
+	@mkdir -p build
+	@$(BIN)/cmake -S . -B build/host -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_BUILD_TYPE=Release > build/configure.log || { cat build/configure.log; exit 1; }
+	$(BIN)/cmake --build build/host
+	@touch $@
+
+clean:
+	rm -rf build $(LIBRARY) $(VENV)
