@@ -5,7 +5,7 @@ import pytest
 
 from .checks import ELEMENTWISE, EPS, OFFSETS, assert_close, assert_same_bits, to_numpy
 
-SIZES = (0, 1, 2, 3, 4, 5, 31, 32, 33, 47, 127, 1023, 4097, 32_768, 32_769)  # 32,768: a chunk of the CPU
+SIZES = (0, 1, 2, 3, 4, 5, 31, 32, 33, 47, 127, 1023, 8191, 8193, 32_769)  # 8192: a chunk of the CPU
 LARGE = 1_500_001  # shared among the CPU's threads
 
 ADAM_CASES = {
