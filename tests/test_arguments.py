@@ -127,7 +127,7 @@ def test_not_contiguous(backend, op, name):
 def test_not_an_array(backend, op, name):
     valid = OPS[op].arrays[name]
     values = [valid.tolist(), 1.0, "array", valid.tobytes()]
-    if backend.xp is not np and name != list(OPS[op].arrays)[0]:
+    if backend.xp is not np and name != next(iter(OPS[op].arrays)):
         values.append(valid)  # a NumPy array among CuPy ones
     for value in values:
         _assert_refused(backend, op, TypeError, name, value)

@@ -127,9 +127,11 @@ def test_noise_is_the_published_generator(form, rng):
 def test_noise_does_not_depend_on_the_batch(backend, rng):
     """An image's noise is the same, to the bit, wherever and with whatever else it is drawn."""
     images, labels = _data(rng, 50, 127)
-    draw = lambda index: to_numpy(  # noqa: E731
-        backend.ops.gather_batch(*_arrays(backend, images, labels, index), noise_sigma=0.3, seed=SEED)[0]
-    )
+
+    def draw(index):
+        arrays = _arrays(backend, images, labels, index)
+        return to_numpy(backend.ops.gather_batch(*arrays, noise_sigma=0.3, seed=SEED)[0])
+
     whole = draw(np.arange(50))
     order = rng.permutation(50)
     assert_same_bits(draw(order), whole[order])
