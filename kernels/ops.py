@@ -9,7 +9,9 @@ Letters: B rows of the batch, N columns, C classes, P parameters, M images, D pi
 """
 
 import functools
+import inspect
 import math
+import numbers
 import sys
 
 import numpy as np
@@ -19,17 +21,21 @@ from . import BackendError
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh")
 
 
-def _backend(array):
+def _is_cupy(x) -> bool:
+    return type(x).__module__.partition(".")[0] == "cupy"
+
+
+def _backend(name, array):
     """The module that holds the compiled ops for this kind of array."""
     if isinstance(array, np.ndarray):
         from . import host
 
         return host
-    if type(array).__module__.partition(".")[0] == "cupy":
+    if _is_cupy(array):
         from . import cuda
 
         return cuda
-    raise TypeError(f"expected NumPy, CuPy or torch arrays, got {type(array).__name__}")
+    raise TypeError(f"{name} must be a NumPy, CuPy or torch array, got {type(array).__name__}")
 
 
 def _is_torch(x) -> bool:
@@ -37,14 +43,17 @@ def _is_torch(x) -> bool:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
-def _from_torch(tensor):
+def _from_torch(name, tensor):
     """A NumPy or CuPy view of a tensor's memory."""
     if tensor.requires_grad:
-        raise TypeError("a tensor that requires grad cannot be passed to an op; pass tensor.detach()")
+        raise TypeError(f"{name} must not be a tensor that requires grad; pass {name}.detach()")
     if tensor.device.type == "cpu":
-        return tensor.numpy()
+        try:
+            return tensor.numpy()
+        except (TypeError, RuntimeError) as error:  # bfloat16, sparse, ...
+            raise TypeError(f"{name} has no NumPy view: {error}") from None
     if tensor.device.type != "cuda":
-        raise TypeError(f"expected a tensor on cpu or cuda, got one on {tensor.device}")
+        raise TypeError(f"{name} must be a tensor on cpu or cuda, got one on {tensor.device}")
     try:
         import cupy
     except ImportError:
@@ -54,19 +63,23 @@ def _from_torch(tensor):
 
 def _accepts_torch(op):
     """Let `op` take and return torch tensors, on torch's current device and stream."""
+    names = tuple(inspect.signature(op).parameters)
 
     @functools.wraps(op)
     def wrapped(*args, **kwargs):
-        if type(args[0]) is np.ndarray or not _is_torch(args[0]):
+        first = args[0] if args else kwargs.get(names[0])
+        if type(first) is np.ndarray or not _is_torch(first):
             return op(*args, **kwargs)
         import torch
 
         views = {}
 
-        def convert(x):
+        def convert(name, x):
             if not _is_torch(x):
+                if isinstance(x, np.ndarray) or _is_cupy(x):
+                    raise TypeError(f"{name} must be a torch tensor like the others, got {type(x).__name__}")
                 return x
-            view = _from_torch(x)
+            view = _from_torch(name, x)
             views[id(view)] = (view, x)
             return view
 
@@ -76,14 +89,15 @@ def _accepts_torch(op):
             return views[id(x)][1] if id(x) in views else None if x is None else torch.from_dlpack(x)
 
         def call():
-            return restore(op(*map(convert, args), **{name: convert(x) for name, x in kwargs.items()}))
+            positional = [convert(name, x) for name, x in zip(names, args)] + list(args[len(names) :])
+            return restore(op(*positional, **{name: convert(name, x) for name, x in kwargs.items()}))
 
-        if args[0].device.type != "cuda":
+        if first.device.type != "cuda":
             return call()
         import cupy
 
-        stream = torch.cuda.current_stream(args[0].device)
-        with cupy.cuda.Device(args[0].device.index), cupy.cuda.ExternalStream(stream.cuda_stream):
+        stream = torch.cuda.current_stream(first.device)
+        with cupy.cuda.Device(first.device.index), cupy.cuda.ExternalStream(stream.cuda_stream):
             return call()
 
     return wrapped
@@ -115,6 +129,8 @@ def _check_activation(activation):
 
 def _check_number(name, value, low=-math.inf, high=math.inf):
     """Raise unless low <= value < high (value finite)."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not (low <= value < high) or math.isinf(value):
         raise ValueError(f"{name} must be a finite number in [{low:g}, {high:g}), got {value!r}")
 
@@ -126,7 +142,7 @@ def bias_act(z, bias, activation="relu", out=None):
     activation: identity, relu, leaky_relu (slope 0.01), silu, gelu (erf) or gelu_tanh (tanh approximation),
     as in torch.nn.functional.
     """
-    backend = _backend(z)
+    backend = _backend("z", z)
     _check("z", z, z, np.float32, None, None)
     _check("bias", bias, z, np.float32, z.shape[1])
     _check_activation(activation)
@@ -145,7 +161,7 @@ def bias_act_backward(dy, saved, activation="relu", bias=None, out=None, bias_gr
     saved: the pre-activation z + bias, or z where `bias` (N,) is given too; for relu, leaky_relu and identity
     bias_act's output serves as well. dbias = dz.sum(0), added in a fixed order. `out` may be dy.
     """
-    backend = _backend(dy)
+    backend = _backend("dy", dy)
     _check("dy", dy, dy, np.float32, None, None)
     _check("saved", saved, dy, np.float32, *dy.shape)
     _check_activation(activation)
@@ -173,13 +189,16 @@ def softmax_cross_entropy(logits, labels, scale=None, out=None, totals=None):
     totals: float64 (2,), to which the sum of the row losses and the number of rows whose label is the first
     largest logit are added: an epoch's loss and accuracy without leaving the device.
     """
-    backend = _backend(logits)
+    backend = _backend("logits", logits)
     _check("logits", logits, logits, np.float32, None, None)
     B, C = logits.shape
     if C < 1:
         raise ValueError(f"logits must have at least one class, got shape {logits.shape}")
     _check("labels", labels, logits, np.int32, B)
-    scale = (1.0 / B if B else math.nan) if scale is None else float(scale)
+    if scale is None:
+        scale = 1.0 / B if B else math.nan
+    else:
+        _check_number("scale", scale)
     if out is None:
         out = backend.empty(logits.shape, like=logits)
     else:
@@ -207,7 +226,7 @@ def adam_step(p, g, m, v, *, step, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_
     torch.optim.AdamW: p shrinks by lr * weight_decay. step counts from 1; step and lr may also be float32
     arrays of one element on the device of p. Returns None.
     """
-    backend = _backend(p)
+    backend = _backend("p", p)
     _check_output("p", p, p, np.float32, None)
     _check("g", g, p, np.float32, p.size)
     _check_output("m", m, p, np.float32, p.size)
@@ -228,7 +247,7 @@ def sgd_step(p, g, velocity=None, *, lr, momentum=0.0, weight_decay=0.0):
     velocity may be None where momentum is 0. lr may be a float32 array of one element on the device of p.
     Returns None.
     """
-    backend = _backend(p)
+    backend = _backend("p", p)
     _check_output("p", p, p, np.float32, None)
     _check("g", g, p, np.float32, p.size)
     _check_scalar("lr", lr, p, 0.0)
@@ -253,7 +272,7 @@ def gather_batch(
     the matrix that takes an output pixel's (column, row, 1) from the centre to the source pixel's, sampled
     bilinearly, 0 outside. An index outside [0, M) gives a NaN row and label -1.
     """
-    backend = _backend(images)
+    backend = _backend("images", images)
     _check("images", images, images, np.uint8, None, None)
     M, D = images.shape
     _check("labels", labels, images, np.int32, M)

@@ -47,14 +47,21 @@ _FORWARD = {
 }
 
 
+def _logistic(xp, u):
+    """sigmoid(u) and its derivative, which 1 - sigmoid(u) would give with a large error for u >> 0."""
+    e = xp.exp(-xp.abs(u))
+    r = 1.0 / (1.0 + e)
+    return xp.where(u < 0, e * r, r), e * r * r
+
+
 def _silu_slope(xp, u):
-    s = _sigmoid(xp, u)
-    return s + u * s * (1.0 - s)
+    value, slope = _logistic(xp, u)
+    return value + u * slope
 
 
 def _gelu_tanh_slope(xp, u):
-    s = _gelu_tanh_cdf(xp, u)
-    return s + u * s * (1.0 - s) * 2.0 * _ROOT_2_OVER_PI * (1.0 + 3 * 0.044715 * u * u)
+    value, slope = _logistic(xp, 2.0 * _ROOT_2_OVER_PI * (u + 0.044715 * u * u * u))
+    return value + u * slope * (2.0 * _ROOT_2_OVER_PI) * (1.0 + 3 * 0.044715 * u * u)
 
 
 _SLOPE = {

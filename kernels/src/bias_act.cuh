@@ -28,13 +28,20 @@ struct LeakyRelu {
   DEVICE static float backward(float dy, float u) { return u > 0.0f ? dy : slope * dy; }
 };
 
-DEVICE float sigmoid(float u) { return 1.0f / (1.0f + exponential(-u)); }
+struct Logistic { float value, slope; };
+
+// sigmoid(u) and its derivative. 1 - sigmoid(u) would cancel for u >> 0, where silu' and gelu_tanh' multiply it
+// by up to 35; and exp(-|u|) cannot overflow.
+DEVICE Logistic logistic(float u) {
+  const float e = exponential(-fabsf(u)), r = 1.0f / (1.0f + e);
+  return {u < 0.0f ? e * r : r, e * r * r};
+}
 
 struct Silu {  // u sigmoid(u): Hendrycks & Gimpel 2016; "swish", Ramachandran et al. 2017
   DEVICE static float value(float u) { return u / (1.0f + exponential(-u)); }
   DEVICE static float backward(float dy, float u) {
-    const float s = sigmoid(u);
-    return dy * (s + u * s * (1.0f - s));
+    const Logistic s = logistic(u);
+    return dy * (s.value + u * s.slope);
   }
 };
 
@@ -49,11 +56,11 @@ struct Gelu {  // u Phi(u), Phi the normal distribution function: Hendrycks & Gi
 
 struct GeluTanh {  // 0.5 (1 + tanh(a)) = sigmoid(2a): one exponential, and no cancellation for u << 0
   static constexpr float two_root_2_over_pi = 1.5957691216057308f, cubic = 0.044715f;
-  DEVICE static float cdf(float u) { return sigmoid(two_root_2_over_pi * (u + cubic * u * u * u)); }
-  DEVICE static float value(float u) { return u * cdf(u); }
+  DEVICE static float exponent(float u) { return two_root_2_over_pi * (u + cubic * u * u * u); }
+  DEVICE static float value(float u) { return u / (1.0f + exponential(-exponent(u))); }
   DEVICE static float backward(float dy, float u) {
-    const float s = cdf(u);
-    return dy * (s + u * s * (1.0f - s) * two_root_2_over_pi * (1.0f + 3.0f * cubic * u * u));
+    const Logistic s = logistic(exponent(u));
+    return dy * (s.value + u * s.slope * two_root_2_over_pi * (1.0f + 3.0f * cubic * u * u));
   }
 };
 

@@ -13,6 +13,7 @@
 namespace {
 
 constexpr index_t CHUNK_ELEMENTS = 8192;  // 32 KB of float32: work for microseconds, and enough of it to share
+constexpr index_t CHUNK_ROWS = 512;       // a running column sum of more rows would lose digits
 
 index_t divide_up(index_t a, index_t b) { return (a + b - 1) / b; }
 
@@ -25,7 +26,8 @@ template <class F> void over_elements(index_t n, double nanoseconds_each, F f) {
 struct RowChunks {
   index_t B, N, rows, count;
   RowChunks(index_t B, index_t N)
-      : B(B), N(N), rows(std::max<index_t>(1, CHUNK_ELEMENTS / std::max<index_t>(1, N))), count(std::max<index_t>(1, divide_up(B, rows))) {}
+      : B(B), N(N), rows(std::clamp<index_t>(CHUNK_ELEMENTS / std::max<index_t>(1, N), 1, CHUNK_ROWS)),
+        count(std::max<index_t>(1, divide_up(B, rows))) {}
 };
 
 template <class F> void over_rows(const RowChunks& c, double nanoseconds_each, F f) {

@@ -1,0 +1,208 @@
+"""What every op refuses: TypeError or ValueError that names the argument, before anything is written."""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+import kernels
+
+from .checks import assert_same_bits, to_numpy
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op with a valid value for each of its array arguments, and which of them it writes."""
+
+    function: object
+    arrays: dict
+    outputs: frozenset
+    numbers: dict
+    fixed: frozenset = frozenset()  # arrays whose shape the others are compared with
+
+    def call(self, backend, *, positional=0, **changes):
+        values = {name: backend.array(x, x.dtype) for name, x in self.arrays.items()} | self.numbers | changes
+        first = [values.pop(name) for name in list(values)[:positional]]
+        return self.function(*first, **values)
+
+
+def _f(*shape):
+    return np.full(shape, 0.5, np.float32)
+
+
+def _i(*shape):
+    return np.zeros(shape, np.int32)
+
+
+ADAM = dict(step=1, lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+OPS = {
+    "bias_act": Op(
+        kernels.bias_act,
+        dict(z=_f(4, 6), bias=_f(6), out=_f(4, 6)),
+        frozenset({"out"}), {}, frozenset({"z"}),
+    ),
+    "bias_act_backward": Op(
+        kernels.bias_act_backward,
+        dict(dy=_f(4, 6), saved=_f(4, 6), bias=_f(6), out=_f(4, 6), bias_grad=_f(6)),
+        frozenset({"out", "bias_grad"}), {}, frozenset({"dy"}),
+    ),
+    "softmax_cross_entropy": Op(
+        kernels.softmax_cross_entropy,
+        dict(logits=_f(4, 6), labels=_i(4), out=_f(4, 6), totals=np.zeros(2)),
+        frozenset({"out", "totals"}), dict(scale=0.5), frozenset({"logits"}),
+    ),
+    "adam_step": Op(
+        kernels.adam_step,
+        dict(p=_f(6), g=_f(6), m=_f(6), v=_f(6)),
+        frozenset("pmv"), ADAM, frozenset("p"),
+    ),
+    "sgd_step": Op(
+        kernels.sgd_step,
+        dict(p=_f(6), g=_f(6), velocity=_f(6)),
+        frozenset({"p", "velocity"}), dict(lr=0.1, momentum=0.9, weight_decay=0.0), frozenset("p"),
+    ),
+    "gather_batch": Op(
+        kernels.gather_batch,
+        dict(images=np.zeros((5, 9), np.uint8), labels=_i(5), index=_i(4), affine=_f(4, 2, 3), out_x=_f(4, 9),
+             out_y=_i(4)),
+        frozenset({"out_x", "out_y"}), dict(mean=0.0, scale=1.0, noise_sigma=0.0, seed=0),
+        frozenset({"images"}),
+    ),
+}  # fmt: skip
+ARGUMENTS = [(op, name) for op in OPS for name in OPS[op].arrays]
+OUTPUTS = [(op, name) for op in OPS for name in sorted(OPS[op].outputs)]
+NUMBERS = [(op, name) for op in OPS for name in OPS[op].numbers]
+
+
+def _assert_refused(backend, op, error, name, value, **others):
+    """`value` for the argument `name` raises `error` and names it; the outputs keep what they held."""
+    outputs = {
+        k: backend.array(x, x.dtype) for k, x in OPS[op].arrays.items() if k in OPS[op].outputs and k != name
+    }
+    with pytest.raises(error, match=rf"\b{re.escape(name)}\b"):
+        OPS[op].call(backend, **(outputs | others | {name: value}))
+    for k, array in outputs.items():
+        assert_same_bits(array, OPS[op].arrays[k])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_valid_call_is_valid(backend, op):
+    """Without this the refusals below could have other reasons."""
+    OPS[op].call(backend)
+    OPS[op].call(backend, positional=2)
+
+
+@pytest.mark.parametrize(("op", "name"), ARGUMENTS)
+def test_dtype(backend, op, name):
+    valid = OPS[op].arrays[name]
+    for dtype in (np.float16, np.float32, np.float64, np.int32, np.int64, np.uint8, np.bool_):
+        if dtype != valid.dtype:
+            _assert_refused(backend, op, TypeError, name, backend.array(valid, dtype))
+    if backend.name == "host" and valid.itemsize > 1:
+        _assert_refused(backend, op, TypeError, name, valid.astype(valid.dtype.newbyteorder()))
+
+
+@pytest.mark.parametrize(("op", "name"), ARGUMENTS)
+def test_shape(backend, op, name):
+    valid = OPS[op].arrays[name]
+    wrong = [valid[None], valid.ravel() if valid.ndim > 1 else valid[:, None], np.zeros((), valid.dtype)]
+    if name not in OPS[op].fixed and name != "index":  # the others must fit to these two
+        wrong += [np.concatenate([valid, valid]), valid[:1], valid[:0]]
+        wrong += [valid[:, :1], np.concatenate([valid, valid], 1)] if valid.ndim > 1 else []
+    for array in wrong:
+        _assert_refused(backend, op, ValueError, name, backend.array(array, valid.dtype))
+
+
+@pytest.mark.parametrize(("op", "name"), ARGUMENTS)
+def test_not_contiguous(backend, op, name):
+    valid = OPS[op].arrays[name]
+    every_second = backend.array(np.repeat(valid, 2, axis=-1), valid.dtype)[..., ::2]
+    _assert_refused(backend, op, ValueError, name, every_second)
+    if valid.ndim == 2:
+        _assert_refused(backend, op, ValueError, name, backend.array(valid.T, valid.dtype).T)
+
+
+@pytest.mark.parametrize(("op", "name"), ARGUMENTS)
+def test_not_an_array(backend, op, name):
+    valid = OPS[op].arrays[name]
+    values = [valid.tolist(), 1.0, "array", valid.tobytes()]
+    if backend.xp is not np and name != next(iter(OPS[op].arrays)):
+        values.append(valid)  # a NumPy array among CuPy ones
+    for value in values:
+        _assert_refused(backend, op, TypeError, name, value)
+
+
+@pytest.mark.parametrize(("op", "name"), OUTPUTS)
+def test_read_only_output(op, name):
+    array = OPS[op].arrays[name].copy()
+    array.flags.writeable = False
+    values = {k: x.copy() for k, x in OPS[op].arrays.items()} | OPS[op].numbers | {name: array}
+    with pytest.raises(ValueError, match=rf"\b{name}\b.*read-only"):
+        OPS[op].function(**values)
+    assert_same_bits(array, OPS[op].arrays[name])
+
+
+@pytest.mark.parametrize("op", ["bias_act", "bias_act_backward"])
+def test_activation(backend, op):
+    for activation in ("tanh", "ReLU", "", None, 3, ["relu"]):
+        _assert_refused(backend, op, ValueError, "activation", activation)
+
+
+@pytest.mark.parametrize(("op", "name"), NUMBERS)
+def test_numbers(backend, op, name):
+    for value in (np.nan, np.inf, -np.inf):
+        _assert_refused(backend, op, ValueError, name, value)
+    for value in ("0.1", [0.1], np.zeros(2, np.float32), 1j):
+        _assert_refused(backend, op, TypeError, name, value)
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "value"),
+    [
+        ("adam_step", "step", 0),
+        ("adam_step", "step", -1),
+        ("adam_step", "lr", -0.1),
+        ("adam_step", "beta1", 1.0),
+        ("adam_step", "beta1", -0.1),
+        ("adam_step", "beta2", 1.0),
+        ("adam_step", "beta2", 2.0),
+        ("adam_step", "eps", -1e-8),
+        ("adam_step", "weight_decay", -0.1),
+        ("sgd_step", "lr", -0.1),
+        ("sgd_step", "momentum", -0.1),
+        ("sgd_step", "weight_decay", -0.1),
+        ("gather_batch", "noise_sigma", -0.1),
+        ("gather_batch", "seed", -1),
+        ("gather_batch", "seed", 2**64),
+    ],
+)
+def test_numbers_out_of_range(backend, op, name, value):
+    _assert_refused(backend, op, ValueError, name, value)
+
+
+@pytest.mark.parametrize(("op", "name"), [("adam_step", "step"), ("adam_step", "lr"), ("sgd_step", "lr")])
+def test_scalars_in_arrays(backend, op, name):
+    _assert_refused(backend, op, TypeError, name, backend.array(1.0, np.float64))
+    _assert_refused(backend, op, TypeError, name, backend.array([1.0, 1.0]))
+
+
+def test_momentum_needs_a_velocity(backend):
+    _assert_refused(backend, "sgd_step", ValueError, "velocity", None)
+
+
+def test_logits_need_a_class(backend):
+    empty = backend.array(np.zeros((4, 0)))
+    _assert_refused(backend, "softmax_cross_entropy", ValueError, "logits", empty, out=None)
+
+
+def test_affine_needs_square_images(backend):
+    images = backend.array(np.zeros((5, 8)), np.uint8)
+    _assert_refused(
+        backend, "gather_batch", ValueError, "affine", backend.array(_f(4, 2, 3)), images=images, out_x=None
+    )
+
+
+def test_the_first_argument_may_be_named(backend):
+    z, bias = backend.array([[-1.0, 2.0]]), backend.array([0.0, 0.5])
+    assert to_numpy(kernels.bias_act(bias=bias, z=z)).tolist() == [[0.0, 2.5]]

@@ -1,0 +1,191 @@
+"""The GPU kernels compile, without a warning, for every architecture, and take what cuda.py passes.
+
+NVRTC needs no GPU and no driver, so all of this runs on any machine that has CuPy and NVRTC installed.
+"""
+
+import functools
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kernels import ACTIVATIONS, cuda, elementwise, source
+
+OPTIONS = cuda.OPTIONS + cuda.CUPY_OPTIONS
+
+
+@functools.cache
+def _nvrtc():
+    """CuPy's binding of NVRTC, or a skip that says what is missing."""
+    pytest.importorskip("cupy", reason="CuPy is not installed")
+    from cupy_backends.cuda.libs import nvrtc
+
+    try:
+        nvrtc.getVersion()
+    except (ImportError, OSError, RuntimeError) as error:
+        pytest.skip(f"NVRTC cannot be loaded ({error}); run `pip install nvidia-cuda-nvrtc-cu12`")
+    return nvrtc
+
+
+def _compile(text, *options):
+    """The PTX or cubin of `text`, which must compile without a warning."""
+    nvrtc = _nvrtc()
+    program = nvrtc.createProgram(text, "module.cu", (), ())
+    try:
+        try:
+            nvrtc.compileProgram(program, options)
+        except nvrtc.NVRTCError:
+            pytest.fail(nvrtc.getProgramLog(program))
+        assert nvrtc.getProgramLog(program).strip("\0\n ") == ""
+        return nvrtc.getPTX(program)
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+@functools.cache
+def _entry_points():
+    """The module's kernels: name -> PTX types of the parameters, as u64, u32, f32."""
+    ptx = _compile(source.inlined("module.cu"), *OPTIONS, "-arch=compute_90").decode()
+    kernels = re.findall(r"\.entry (\w+)\(([^)]*)\)", ptx)
+    return {name: re.findall(r"\.param \.([bfus]\d+)", parameters) for name, parameters in kernels}
+
+
+def test_a_warning_would_be_noticed():
+    warned = 'extern "C" __global__ void k() { int unused = 1; }'
+    with pytest.raises(AssertionError):
+        _compile(warned, *OPTIONS, "-arch=sm_90")
+    with pytest.raises(pytest.fail.Exception, match="undefined"):
+        _compile('extern "C" __global__ void k() { unknown(); }', *OPTIONS, "-arch=sm_90")
+
+
+@pytest.mark.parametrize("architecture", cuda.ARCHITECTURES)
+def test_module(architecture):
+    _compile(source.inlined("module.cu"), *OPTIONS, f"-arch=sm_{architecture}")
+
+
+def test_module_text_is_complete():
+    """Includes are in place, each once: CuPy's disk cache sees the text alone."""
+    text = source.inlined("module.cu")
+    assert not re.findall(r'^\s*#\s*include\s+".*\.cuh"', text, re.MULTILINE)
+    for header in source.DIRECTORY.glob("*.cuh"):
+        first = header.read_text().splitlines()[0]
+        assert text.splitlines().count(first) == 1, header.name
+
+
+class _Launch:
+    """Stands for a kernel: keeps what it is launched with."""
+
+    def __init__(self, name, launches):
+        self.name, self.launches = name, launches
+
+    def __call__(self, grid, block, args):
+        self.launches.append((self.name, grid, block, args))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """kernels.cuda on NumPy arrays, with kernels that only record their launches."""
+    pytest.importorskip("cupy", reason="CuPy is not installed")
+    recorded = []
+    monkeypatch.setattr(cuda, "_function", lambda name: _Launch(name, recorded))
+    monkeypatch.setattr(cuda, "multiprocessors", lambda: 132)
+    monkeypatch.setattr(cuda, "empty", lambda shape, dtype=np.float32, like=None: np.empty(shape, dtype))
+    monkeypatch.setattr(cuda, "_counters", lambda count: np.zeros(count, np.uint32))
+    return recorded
+
+
+_PTX_TYPES = {np.int64: {"u64", "s64", "b64"}, np.uintp: {"u64", "b64"}, np.int32: {"u32", "s32", "b32"},
+              np.uint32: {"u32", "b32"}, np.float32: {"f32"}}  # fmt: skip
+
+
+def _launch_every_kernel():
+    def f(*shape):
+        return np.zeros(shape, np.float32)
+
+    for activation in ACTIVATIONS:
+        cuda.bias_act(f(1000, 400), f(400), activation, f(1000, 400))
+        for bias in (None, f(400)):
+            cuda.bias_act_backward(f(1000, 400), f(1000, 400), bias, activation, f(1000, 400), f(400))
+        cuda.bias_act_backward(f(2, 4), f(2, 4), None, activation, f(2, 4), f(4))
+    for C in (1, 32, 33, 47, 100, 200, 500, 1000, 1025):
+        for totals in (None, np.zeros(2)):
+            cuda.softmax_cross_entropy(f(8, C), np.zeros(8, np.int32), 0.1, f(8, C), f(), totals)
+    cuda.adam_step(f(9), f(9), f(9), f(9), 1, 0.1, 0.9, 0.999, 1e-8, 0.0, True)
+    cuda.sgd_step(f(9), f(9), None, 0.1, 0.0, 0.0)
+    cuda.sgd_step(f(9), f(9), f(9), 0.1, 0.9, 0.0)
+    images, labels = np.zeros((5, 9), np.uint8), np.zeros(5, np.int32)
+    for affine in (None, f(4, 2, 3)):
+        cuda.gather_batch(
+            images, labels, labels[:4], affine, f(4, 9), labels[:4], 3, 0.0, 1.0, 0.0, 2**64 - 1
+        )
+
+
+def test_every_launch_fits_its_kernel(launches):
+    """The number and the kinds of the arguments; a Python number would be passed as 8 bytes."""
+    _launch_every_kernel()
+    for name, _, _, args in launches:
+        parameters = _entry_points()[name]
+        assert len(args) == len(parameters), name
+        for position, (argument, ptx) in enumerate(zip(args, parameters, strict=True)):
+            kinds = {"u64", "b64"} if isinstance(argument, np.ndarray) else _PTX_TYPES[type(argument)]
+            assert ptx in kinds, f"{name}, argument {position}: {type(argument).__name__} for .{ptx}"
+
+
+def test_every_kernel_is_launched(launches):
+    """No entry point that nothing uses."""
+    _launch_every_kernel()
+    assert {name for name, *_ in launches} == set(_entry_points())
+
+
+@functools.cache
+def _cupy_includes() -> tuple:
+    """-I options for the headers that CuPy puts before an ElementwiseKernel's code."""
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    own = Path(cupy.__file__).parent / "_core" / "include"
+    try:
+        import nvidia.cuda_runtime
+
+        runtime = Path(nvidia.cuda_runtime.__path__[0]) / "include"
+    except ImportError:
+        runtime = Path()
+    if not (runtime / "cuda_fp16.h").exists():
+        pytest.skip("CUDA's own headers are not installed; run `pip install nvidia-cuda-runtime-cu12`")
+    cccl = own / "cupy" / "_cccl"
+    return tuple(
+        f"-I{folder}" for folder in (own, runtime, cccl / "libcudacxx", cccl / "thrust", cccl / "cub")
+    )
+
+
+def _elementwise_text(s: elementwise.Specification) -> str:
+    """A kernel around the operation, with references for outputs, as CuPy writes it."""
+    c_types = {"float32": "float", "int32": "int"}
+    inputs, outputs = ([p.split() for p in part.split(",")] for part in (s.inputs, s.outputs))
+    parameters = [f"const {c_types[t]}* _{n}" for t, n in inputs] + [
+        f"{c_types[t]}* _{n}" for t, n in outputs
+    ]
+    body = "".join(f"const {c_types[t]} {n} = _{n}[i]; " for t, n in inputs)
+    body += "".join(f"{c_types[t]}& {n} = _{n}[i]; " for t, n in outputs)
+    headers = ("complex.cuh", "carray.cuh", "atomics.cuh", "math_constants.h")
+    return "\n".join(
+        [f"#include <cupy/{header}>" for header in headers]
+        + [
+            source.inlined(s.file),
+            f'extern "C" __global__ void kernel({", ".join(parameters)}, long long n) {{',
+        ]
+        + [f"  const long long i = threadIdx.x;\n  if (i < n) {{ {body}{s.operation} }}\n}}\n"]
+    )
+
+
+@pytest.mark.parametrize("name", elementwise.SPECIFICATIONS)
+def test_elementwise(name):
+    """Together with CuPy's headers, whose names must not collide with the sources'."""
+    _compile(_elementwise_text(elementwise.SPECIFICATIONS[name]), *OPTIONS, *_cupy_includes(), "-arch=sm_90")
+
+
+def test_elementwise_has_every_pointwise_op():
+    expected = {f"{op}_{a}" for op in ("bias_act", "bias_act_backward") for a in ACTIVATIONS} | {
+        "adam",
+        "sgd",
+    }
+    assert set(elementwise.SPECIFICATIONS) == expected

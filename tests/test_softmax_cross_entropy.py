@@ -1,0 +1,224 @@
+"""softmax_cross_entropy against a float64 formula and against torch's F.cross_entropy and its gradient."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import kernels
+from kernels import plain
+
+from .checks import ELEMENTWISE, EPS, OFFSETS, REDUCTION, SHAPES, assert_close, assert_same_bits, to_numpy
+
+MORE_CLASSES = [(3, 1024), (3, 1025), (2, 5000)]  # around the most classes that a GPU row keeps in registers
+
+
+def reference(logits, labels, scale):
+    """Row losses, dlogits, softmax and the number of rows that are right, in float64; valid labels only."""
+    x = logits.astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shifted = x - x.max(axis=1, keepdims=True)
+        e = np.exp(shifted)
+        total = e.sum(axis=1, keepdims=True)
+        losses = np.log(total[:, 0]) - np.take_along_axis(shifted, labels[:, None], 1)[:, 0]
+        softmax = e / total
+    onehot = np.arange(x.shape[1]) == labels[:, None]
+    right = np.count_nonzero((x.argmax(axis=1) == labels) & ~np.isnan(losses))
+    return losses, scale * (softmax - onehot), softmax, right
+
+
+def _assert_dlogits(form, dlogits, expected, softmax, scale):
+    """The reduction's tolerance relative to softmax, and where 1 is subtracted a rounding's relative to 1.
+
+    An exponential of the smallest float32 or less may be lost, and so may its product with the scale.
+    """
+    onehot = np.abs(scale * softmax - expected) > 0.5 * scale
+    bound = scale * (REDUCTION * softmax + ELEMENTWISE * onehot)
+    assert_close(dlogits, expected, 1.0, atol=2 * form.smallest * max(1.0, scale), magnitude=bound)
+
+
+def _assert_sum(actual, losses, scale=1.0):
+    """log(sum of exponentials) is off by the sum's relative error: a row's loss is relative to 1 + loss."""
+    magnitude = scale * (1.0 + np.abs(losses)).sum()
+    assert_close(actual, np.float64(scale * losses.sum()), REDUCTION, magnitude=magnitude)
+
+
+def _inputs(rng, B, C):
+    """Logits, each row to its own scale, and labels."""
+    logits = rng.normal(0, 1, (B, C)) * 10.0 ** rng.uniform(-2, 2, (B, 1))
+    return logits.astype(np.float32), rng.integers(0, C, B).astype(np.int32)
+
+
+def test_awkward_shapes(form, rng):
+    for B, C in SHAPES + MORE_CLASSES:
+        logits, labels = _inputs(rng, B, C)
+        scale = 1.0 / B if B else np.nan
+        losses, expected, softmax, right = reference(logits, labels, scale)
+        for offset in OFFSETS:
+            out, intact = form.outputs(B, C, offset=offset)
+            totals = form.array([0.0, 0.0], np.float64)
+            args = form.array(logits, offset=offset), form.array(labels, np.int32, offset)
+            loss, dlogits = form.ops.softmax_cross_entropy(*args, out=out, totals=totals)
+            assert dlogits is out and loss.shape == () and loss.dtype == np.float32
+            _assert_dlogits(form, out, expected, softmax, scale)
+            intact()
+            _assert_sum(totals[0], losses)
+            assert int(totals[1]) == right
+            if B:
+                _assert_sum(loss, losses, scale)
+            else:
+                assert np.isnan(float(loss)), "the mean of no losses is NaN, as in torch"
+
+
+def test_in_place(form, rng):
+    for B, C in [(1, 1), (513, 47), (7, 1023), (3, 2000)]:
+        logits, labels = _inputs(rng, B, C)
+        losses, expected, softmax, _ = reference(logits, labels, 1.0 / B)
+        array = form.array(logits)
+        loss, dlogits = form.ops.softmax_cross_entropy(array, form.array(labels, np.int32), out=array)
+        assert dlogits is array
+        _assert_sum(loss, losses, 1.0 / B)
+        _assert_dlogits(form, dlogits, expected, softmax, 1.0 / B)
+
+
+@pytest.mark.parametrize("shape", [(20_000, 47), (3000, 400)])
+def test_large_batch(backend, rng, shape):
+    """Enough work for the CPU to share among threads, and for several waves of blocks on a GPU."""
+    logits, labels = _inputs(rng, *shape)
+    losses, expected, softmax, right = reference(logits, labels, 1.0 / shape[0])
+    out, intact = backend.outputs(*shape)
+    totals = backend.array([0.0, 0.0], np.float64)
+    args = backend.array(logits), backend.array(labels, np.int32)
+    loss, _ = backend.ops.softmax_cross_entropy(*args, out=out, totals=totals)
+    _assert_sum(loss, losses, 1.0 / shape[0])
+    _assert_dlogits(backend, out, expected, softmax, 1.0 / shape[0])
+    _assert_sum(totals[0], losses)
+    assert int(totals[1]) == right
+    intact()
+
+
+def test_logits_of_ten_thousand_are_exact(form):
+    logits = np.array([[1e4, -1e4, 0], [1e4, -1e4, 0], [-1e4, -1e4, -1e4], [1e4, 1e4, -1e4]], np.float32)
+    labels = np.array([0, 1, 2, 1], np.int32)
+    totals = form.array([0.0, 0.0], np.float64)
+    loss, dlogits = form.ops.softmax_cross_entropy(
+        form.array(logits), form.array(labels, np.int32), scale=1.0, totals=totals
+    )
+    third = 1.0 / 3.0
+    expected = [[0, 0, 0], [1, -1, 0], [third, third, third - 1], [0.5, -0.5, 0]]
+    assert_close(dlogits, expected, 2 * EPS)
+    exact = 20_000.0 + np.log(3.0) + np.log(2.0)
+    assert_close(loss, exact, 2 * EPS)
+    assert_close(totals, [exact, 1.0], 2 * EPS)
+
+
+@pytest.mark.parametrize("bad", [-1, 5, 6, 2**31 - 1, -(2**31)])
+def test_a_label_out_of_range_spoils_its_own_row_and_the_loss(form, rng, bad):
+    """logits[row, +-2**31] is 8 GB away: reading it would end the process."""
+    logits, labels = _inputs(rng, 40, 5)
+    _, expected, softmax, _ = reference(logits, labels, 1.0)
+    labels[17], expected[17] = bad, np.nan
+    others = np.arange(40) != 17
+    right = np.count_nonzero((logits.argmax(axis=1) == labels) & others)
+    totals = form.array([0.0, 0.0], np.float64)
+    args = form.array(logits), form.array(labels, np.int32)
+    loss, dlogits = form.ops.softmax_cross_entropy(*args, scale=1.0, totals=totals)
+    assert np.isnan(float(loss)) and np.isnan(float(totals[0])) and int(totals[1]) == right
+    assert bool(form.xp.isnan(dlogits[17]).all())
+    _assert_dlogits(form, to_numpy(dlogits)[others], expected[others], softmax[others], 1.0)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("at_label", [True, False])
+def test_nan_and_infinity_spoil_their_own_row_and_the_loss(form, rng, value, at_label):
+    for C in (2, 47, 1500):
+        logits, labels = _inputs(rng, 9, C)
+        logits[4, labels[4] if at_label else labels[4] - 1] = value
+        totals = form.array([0.0, 0.0], np.float64)
+        _, expected, softmax, right = reference(logits, labels, 1.0)
+        args = form.array(logits), form.array(labels, np.int32)
+        loss, dlogits = form.ops.softmax_cross_entropy(*args, scale=1.0, totals=totals)
+        assert np.isnan(float(loss)) and int(totals[1]) == right
+        assert bool(form.xp.isnan(dlogits[4]).all())
+        _assert_dlogits(form, dlogits, expected, np.nan_to_num(softmax), 1.0)
+
+
+def test_minus_infinity_is_a_class_of_probability_zero(form):
+    logits = form.array([[-np.inf, 1.0, 1.0], [-np.inf, 1.0, 1.0]])
+    with np.errstate(invalid="ignore"):
+        args = logits, form.array([1, 0], np.int32)
+        loss, dlogits = form.ops.softmax_cross_entropy(*args, scale=1.0)
+    assert float(loss) == np.inf
+    assert_close(dlogits, [[0.0, -0.5, 0.5], [-1.0, 0.5, 0.5]], 2 * EPS)
+
+
+def test_of_equal_largest_logits_the_first_is_the_answer(form):
+    for C in (2, 3, 33, 1100):
+        logits = np.zeros((4, C), np.float32)
+        logits[2:, C - 2 :] = 1.0
+        labels = np.array([0, 1, C - 2, C - 1], np.int32)
+        totals = form.array([0.0, 0.0], np.float64)
+        form.ops.softmax_cross_entropy(form.array(logits), form.array(labels, np.int32), totals=totals)
+        assert int(totals[1]) == 2
+
+
+def test_totals_add_up_over_calls(form, rng):
+    totals = form.array([10.0, 3.0], np.float64)
+    losses, right = [np.array([10.0])], 3
+    for B in (5, 64, 1):
+        logits, labels = _inputs(rng, B, 11)
+        form.ops.softmax_cross_entropy(
+            form.array(logits), form.array(labels, np.int32), scale=0.1, totals=totals
+        )
+        losses.append(reference(logits, labels, 1.0)[0])
+        right += reference(logits, labels, 1.0)[3]
+    _assert_sum(totals[0], np.concatenate(losses))
+    assert float(totals[1]) == right
+
+
+def test_chunks_with_the_batch_scale_add_up_to_the_batch(backend, rng):
+    logits, labels = _inputs(rng, 100, 47)
+    loss, dlogits = backend.ops.softmax_cross_entropy(backend.array(logits), backend.array(labels, np.int32))
+    parts = [
+        backend.ops.softmax_cross_entropy(
+            backend.array(logits[rows]), backend.array(labels[rows], np.int32), scale=0.01
+        )
+        for rows in (slice(0, 33), slice(33, 100))
+    ]
+    assert_same_bits(np.concatenate([to_numpy(d) for _, d in parts]), dlogits)
+    assert_close(float(parts[0][0]) + float(parts[1][0]), loss, ELEMENTWISE)
+
+
+def test_against_torch(form, rng):
+    torch = pytest.importorskip("torch")
+    for B, C in [(1, 1), (64, 47), (33, 1023)]:
+        logits, labels = _inputs(rng, B, C)
+        x = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
+        expected = torch.nn.functional.cross_entropy(x, torch.tensor(labels, dtype=torch.int64))
+        expected.backward()
+        loss, dlogits = form.ops.softmax_cross_entropy(form.array(logits), form.array(labels, np.int32))
+        assert_close(loss, expected.detach(), REDUCTION, magnitude=1.0 + expected.item())
+        _assert_dlogits(form, dlogits, x.grad.numpy(), torch.softmax(x, 1).detach().numpy(), 1.0 / B)
+
+
+_LOGITS = st.one_of(st.floats(-1e4, 1e4, width=32), st.sampled_from([np.nan, np.inf, -np.inf]))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_any_logits(data):
+    B, C = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 40))
+    fill = st.floats(-100, 100, width=32)
+    logits = data.draw(hnp.arrays(np.float32, (B, C), elements=_LOGITS, fill=fill))
+    labels = data.draw(hnp.arrays(np.int32, B, elements=st.integers(0, C - 1)))
+    losses, expected, softmax, right = reference(logits, labels, 1.0 / B)
+    bound = (REDUCTION * softmax + ELEMENTWISE) / B
+    for ops in (kernels, plain):
+        totals = np.zeros(2)
+        loss, dlogits = ops.softmax_cross_entropy(logits, labels, totals=totals)
+        assert_close(
+            loss, np.float64(losses.sum() / B), REDUCTION, magnitude=(1.0 + np.abs(losses)).sum() / B
+        )
+        assert_close(dlogits, expected, 1.0, magnitude=bound)
+        assert totals[1] == right
