@@ -49,7 +49,7 @@ def main(argv=None) -> int:
                 print(f"{name:5} {configs.describe(config)}")
             return 0
         out, model = args.pop("out"), args.pop("model")
-        config = configs.preset(model, **{name: value for name, value in args.items() if value is not None})
+        config = configs.from_flags(model, **{name: value for name, value in args.items() if value is not None})
         from mlp import run  # NumPy and the rest: only when there is something to compute
 
         return run.train(config, out)

@@ -2,10 +2,12 @@
 
 Arguments arrive checked by ops.py. Launch shapes are pure functions of the problem and the number of
 multiprocessors, so that they can be tested, and used to execute the kernels, without a GPU. Launches go to
-CuPy's current stream and never synchronise.
+CuPy's current stream and never synchronise. They cannot be captured into a CUDA graph, which would keep the
+address of scratch memory that has gone back to CuPy's pool.
 """
 
 import functools
+import threading
 
 import numpy as np
 
@@ -54,7 +56,7 @@ def _cupy():
     try:
         import cupy
     except ImportError as error:
-        raise BackendError(f"CuPy cannot be imported ({error}); run `pip install cupy-cuda12x`") from None
+        raise BackendError(f"CuPy cannot be imported ({error}); run `pip install 'cupy-cuda12x[ctk]'`") from None
     return cupy
 
 
@@ -67,6 +69,16 @@ def check() -> None:
         raise BackendError(f"CuPy {cupy.__version__} finds no usable GPU or driver ({error})") from None
     if count == 0:
         raise BackendError(f"CuPy {cupy.__version__} finds no GPU")
+
+
+def check_device(name: str, array) -> None:
+    """Raise ValueError unless the array is on CuPy's current device, where the launch goes."""
+    current = _cupy().cuda.runtime.getDevice()
+    if array.device.id != current:
+        raise ValueError(
+            f"{name} must be on the current device, GPU {current}, got GPU {array.device.id}; "
+            f"use `with cupy.cuda.Device({array.device.id}):`"
+        )
 
 
 @functools.cache
@@ -91,15 +103,19 @@ def multiprocessors() -> int:
 
 
 @functools.cache
-def _zeros(device: int, stream: int, count: int):
+def _zeros(device: int, stream: int, thread: int, count: int):
     return _cupy().zeros(count, np.uint32)
 
 
 def _counters(count: int):
-    """At least `count` zeros for is_last_block, which leaves them zero: one array per device and stream."""
+    """At least `count` zeros for is_last_block, which leaves them zero.
+
+    One array per device, stream and thread: with CUDA's per-thread default stream, threads share a pointer.
+    """
     cupy = _cupy()
     count = _COUNTERS * _divide_up(count, _COUNTERS)
-    return _zeros(cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr, count)
+    stream = cupy.cuda.get_current_stream().ptr
+    return _zeros(cupy.cuda.runtime.getDevice(), stream, threading.get_ident(), count)
 
 
 def _pointer(array):

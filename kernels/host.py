@@ -35,8 +35,10 @@ def _library() -> ctypes.CDLL:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         raise BackendError(f"{LIBRARY} cannot be loaded ({error}); run `make build`") from None
-    library.kernels_source_hash.restype = ctypes.c_char_p
-    if library.kernels_source_hash().decode() != source.digest():
+    source_hash = getattr(library, "kernels_source_hash", None)
+    if source_hash is not None:
+        source_hash.restype = ctypes.c_char_p
+    if source_hash is None or source_hash().decode() != source.digest():
         raise BackendError(f"{LIBRARY} was built from other sources than {source.DIRECTORY}; run `make build`")
     set_threads(_default_threads(), library)
     if os.environ.get("KERNELS_SHARE_BLAS", "1") != "0":
@@ -93,6 +95,11 @@ def _function(name: str, activation: str = ""):
     return function
 
 
+def _number(value) -> float:
+    """A number, also from an array of one element."""
+    return float(value.item() if isinstance(value, np.ndarray) else value)
+
+
 def _pointer(array):
     return None if array is None else array.__array_interface__["data"][0]
 
@@ -121,12 +128,12 @@ def softmax_cross_entropy(logits, labels, scale, dlogits, loss, totals):
 def adam_step(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay, decoupled):
     _function("adam")(
         _pointer(p), _pointer(g), _pointer(m), _pointer(v), p.size,
-        float(step), float(lr), 1.0 - beta1, 1.0 - beta2, eps, weight_decay, int(decoupled),
+        _number(step), _number(lr), 1.0 - beta1, 1.0 - beta2, eps, weight_decay, int(decoupled),
     )  # fmt: skip
 
 
 def sgd_step(p, g, velocity, lr, momentum, weight_decay):
-    _function("sgd")(_pointer(p), _pointer(g), _pointer(velocity), p.size, float(lr), momentum, weight_decay)
+    _function("sgd")(_pointer(p), _pointer(g), _pointer(velocity), p.size, _number(lr), momentum, weight_decay)
 
 
 def gather_batch(images, labels, index, affine, out_x, out_y, side, mean, scale, noise_sigma, seed):

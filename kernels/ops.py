@@ -1,7 +1,7 @@
 """The public ops: check the arguments, pick the back end by the kind of array, launch.
 
 Every op takes NumPy, CuPy or torch arrays (torch without a copy, through DLPack), C-contiguous, float32
-unless said otherwise, all of one kind and on one device. Results go into `out=` where it is given. Nothing
+unless said otherwise, all of one kind and on the current device. Results go into `out=` where it is given. Nothing
 synchronises with the GPU. A wrong kind or dtype raises TypeError, a wrong shape or layout ValueError; both
 name the argument and what was expected. BackendError says that the compiled kernels are missing.
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from . import BackendError
 
+FLOAT32, FLOAT64, INT32, UINT8 = map(np.dtype, (np.float32, np.float64, np.int32, np.uint8))
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh")
 
 
@@ -34,6 +35,7 @@ def _backend(name, array):
     if _is_cupy(array):
         from . import cuda
 
+        cuda.check_device(name, array)
         return cuda
     raise TypeError(f"{name} must be a NumPy, CuPy or torch array, got {type(array).__name__}")
 
@@ -57,7 +59,7 @@ def _from_torch(name, tensor):
     try:
         import cupy
     except ImportError:
-        raise BackendError("ops on CUDA tensors need CuPy; run `pip install cupy-cuda12x`") from None
+        raise BackendError("ops on CUDA tensors need CuPy; run `pip install 'cupy-cuda12x[ctk]'`") from None
     return cupy.from_dlpack(tensor)
 
 
@@ -79,6 +81,9 @@ def _accepts_torch(op):
                 if isinstance(x, np.ndarray) or _is_cupy(x):
                     raise TypeError(f"{name} must be a torch tensor like the others, got {type(x).__name__}")
                 return x
+            for view, tensor in views.values():
+                if tensor is x:  # the same array twice must stay the same array: out=dy, say
+                    return view
             view = _from_torch(name, x)
             views[id(view)] = (view, x)
             return view
@@ -104,16 +109,23 @@ def _accepts_torch(op):
 
 
 def _check(name, array, like, dtype, *shape):
-    """Raise unless `array` is of the kind of `like`, has the dtype and shape (None: any length) and is C-contiguous."""
+    """Raise unless `array` is of the kind and on the device of `like`, C-contiguous, and has the dtype and shape
+    (None: any length)."""
     if type(array) is not type(like):
         raise TypeError(f"{name} must be a {type(like).__module__} array like the others, got {type(array).__name__}")
     if array.dtype != dtype:
-        raise TypeError(f"{name} must have dtype {np.dtype(dtype)}, got {array.dtype} with shape {array.shape}")
-    if len(array.shape) != len(shape) or any(n is not None and n != got for n, got in zip(shape, array.shape)):
-        expected = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ("," if len(shape) == 1 else "") + ")"
-        raise ValueError(f"{name} must have shape {expected}, got {array.shape}")
+        raise TypeError(f"{name} must have dtype {dtype}, got {array.dtype} with shape {array.shape}")
+    if array.shape != shape and not _matches(array.shape, shape):
+        expected = ", ".join("any" if n is None else str(n) for n in shape) + ("," if len(shape) == 1 else "")
+        raise ValueError(f"{name} must have shape ({expected}), got {array.shape}")
     if not array.flags.c_contiguous:
         raise ValueError(f"{name} must be C-contiguous, got shape {array.shape} with strides {array.strides}")
+    if type(array) is not np.ndarray and _is_cupy(array) and array.device.id != like.device.id:
+        raise ValueError(f"{name} must be on GPU {like.device.id} like the others, got GPU {array.device.id}")
+
+
+def _matches(shape, pattern) -> bool:
+    return len(shape) == len(pattern) and all(n in (None, got) for n, got in zip(pattern, shape))
 
 
 def _check_output(name, array, like, dtype, *shape):
@@ -143,13 +155,13 @@ def bias_act(z, bias, activation="relu", out=None):
     as in torch.nn.functional.
     """
     backend = _backend("z", z)
-    _check("z", z, z, np.float32, None, None)
-    _check("bias", bias, z, np.float32, z.shape[1])
+    _check("z", z, z, FLOAT32, None, None)
+    _check("bias", bias, z, FLOAT32, z.shape[1])
     _check_activation(activation)
     if out is None:
         out = backend.empty(z.shape, like=z)
     else:
-        _check_output("out", out, z, np.float32, *z.shape)
+        _check_output("out", out, z, FLOAT32, *z.shape)
     backend.bias_act(z, bias, activation, out)
     return out
 
@@ -162,19 +174,19 @@ def bias_act_backward(dy, saved, activation="relu", bias=None, out=None, bias_gr
     bias_act's output serves as well. dbias = dz.sum(0), added in a fixed order. `out` may be dy.
     """
     backend = _backend("dy", dy)
-    _check("dy", dy, dy, np.float32, None, None)
-    _check("saved", saved, dy, np.float32, *dy.shape)
+    _check("dy", dy, dy, FLOAT32, None, None)
+    _check("saved", saved, dy, FLOAT32, *dy.shape)
     _check_activation(activation)
     if bias is not None:
-        _check("bias", bias, dy, np.float32, dy.shape[1])
+        _check("bias", bias, dy, FLOAT32, dy.shape[1])
     if out is None:
         out = backend.empty(dy.shape, like=dy)
     else:
-        _check_output("out", out, dy, np.float32, *dy.shape)
+        _check_output("out", out, dy, FLOAT32, *dy.shape)
     if bias_grad is None:
         bias_grad = backend.empty(dy.shape[1:], like=dy)
     else:
-        _check_output("bias_grad", bias_grad, dy, np.float32, dy.shape[1])
+        _check_output("bias_grad", bias_grad, dy, FLOAT32, dy.shape[1])
     backend.bias_act_backward(dy, saved, bias, activation, out, bias_grad)
     return out, bias_grad
 
@@ -190,11 +202,11 @@ def softmax_cross_entropy(logits, labels, scale=None, out=None, totals=None):
     largest logit are added: an epoch's loss and accuracy without leaving the device.
     """
     backend = _backend("logits", logits)
-    _check("logits", logits, logits, np.float32, None, None)
+    _check("logits", logits, logits, FLOAT32, None, None)
     B, C = logits.shape
     if C < 1:
         raise ValueError(f"logits must have at least one class, got shape {logits.shape}")
-    _check("labels", labels, logits, np.int32, B)
+    _check("labels", labels, logits, INT32, B)
     if scale is None:
         scale = 1.0 / B if B else math.nan
     else:
@@ -202,9 +214,9 @@ def softmax_cross_entropy(logits, labels, scale=None, out=None, totals=None):
     if out is None:
         out = backend.empty(logits.shape, like=logits)
     else:
-        _check_output("out", out, logits, np.float32, B, C)
+        _check_output("out", out, logits, FLOAT32, B, C)
     if totals is not None:
-        _check_output("totals", totals, logits, np.float64, 2)
+        _check_output("totals", totals, logits, FLOAT64, 2)
     loss = backend.empty((), like=logits)
     backend.softmax_cross_entropy(logits, labels, scale, out, loss, totals)
     return loss, out
@@ -213,7 +225,7 @@ def softmax_cross_entropy(logits, labels, scale=None, out=None, totals=None):
 def _check_scalar(name, value, like, low):
     """A number >= low, or a float32 array of one element beside `like`, which the kernel reads when it runs."""
     if hasattr(value, "dtype") and getattr(value, "size", 0) == 1 and type(value) is type(like):
-        _check(name, value, like, np.float32, *value.shape)
+        _check(name, value, like, FLOAT32, *value.shape)
     else:
         _check_number(name, value, low)
 
@@ -227,10 +239,10 @@ def adam_step(p, g, m, v, *, step, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_
     arrays of one element on the device of p. Returns None.
     """
     backend = _backend("p", p)
-    _check_output("p", p, p, np.float32, None)
-    _check("g", g, p, np.float32, p.size)
-    _check_output("m", m, p, np.float32, p.size)
-    _check_output("v", v, p, np.float32, p.size)
+    _check_output("p", p, p, FLOAT32, None)
+    _check("g", g, p, FLOAT32, p.size)
+    _check_output("m", m, p, FLOAT32, p.size)
+    _check_output("v", v, p, FLOAT32, p.size)
     _check_scalar("step", step, p, 1)
     _check_scalar("lr", lr, p, 0.0)
     _check_number("beta1", beta1, 0.0, 1.0)
@@ -248,13 +260,13 @@ def sgd_step(p, g, velocity=None, *, lr, momentum=0.0, weight_decay=0.0):
     Returns None.
     """
     backend = _backend("p", p)
-    _check_output("p", p, p, np.float32, None)
-    _check("g", g, p, np.float32, p.size)
+    _check_output("p", p, p, FLOAT32, None)
+    _check("g", g, p, FLOAT32, p.size)
     _check_scalar("lr", lr, p, 0.0)
     _check_number("momentum", momentum, 0.0)
     _check_number("weight_decay", weight_decay, 0.0)
     if velocity is not None:
-        _check_output("velocity", velocity, p, np.float32, p.size)
+        _check_output("velocity", velocity, p, FLOAT32, p.size)
     elif momentum:
         raise ValueError(f"velocity must be an array of shape {p.shape} where momentum is {momentum}, got None")
     backend.sgd_step(p, g, velocity, lr, momentum, weight_decay)
@@ -273,26 +285,30 @@ def gather_batch(
     bilinearly, 0 outside. An index outside [0, M) gives a NaN row and label -1.
     """
     backend = _backend("images", images)
-    _check("images", images, images, np.uint8, None, None)
+    _check("images", images, images, UINT8, None, None)
     M, D = images.shape
-    _check("labels", labels, images, np.int32, M)
-    _check("index", index, images, np.int32, None)
+    if D < 1:
+        raise ValueError(f"images must have at least one pixel, got shape {images.shape}")
+    _check("labels", labels, images, INT32, M)
+    _check("index", index, images, INT32, None)
     B, side = index.size, math.isqrt(D)
     if affine is not None:
-        _check("affine", affine, images, np.float32, B, 2, 3)
+        _check("affine", affine, images, FLOAT32, B, 2, 3)
         if side * side != D:
             raise ValueError(f"affine needs square images, got {D} pixels")
     _check_number("mean", mean)
     _check_number("scale", scale)
     _check_number("noise_sigma", noise_sigma, 0.0)
     _check_number("seed", seed, 0, 2**64)
+    if not isinstance(seed, numbers.Integral):
+        raise TypeError(f"seed must be a whole number, got {type(seed).__name__}")
     if out_x is None:
         out_x = backend.empty((B, D), like=images)
     else:
-        _check_output("out_x", out_x, images, np.float32, B, D)
+        _check_output("out_x", out_x, images, FLOAT32, B, D)
     if out_y is None:
-        out_y = backend.empty((B,), np.int32, like=images)
+        out_y = backend.empty((B,), INT32, like=images)
     else:
-        _check_output("out_y", out_y, images, np.int32, B)
+        _check_output("out_y", out_y, images, INT32, B)
     backend.gather_batch(images, labels, index, affine, out_x, out_y, side, mean, scale, noise_sigma, int(seed))
     return out_x, out_y

@@ -105,7 +105,20 @@ def preset(name: str, **changes) -> Config:
     """The preset `name` with fields replaced; InputError for an unknown name or an impossible value."""
     if name not in PRESETS:
         raise InputError(f"--model {name} is unknown; choose one of {', '.join(PRESETS)} (see --list)")
+    if changes.get("optimizer", "sgd") != "sgd":
+        changes.setdefault("momentum", 0.0)  # the preset's momentum goes with its optimizer
     return dataclasses.replace(PRESETS[name], **changes)
+
+
+def from_flags(name: str, **given) -> Config:
+    """preset() for values that the user typed: one that nothing would read is an InputError, too."""
+    config = preset(name, **given)
+    for flag, needed in (("decay", "linear"), ("gamma", "exponential")):
+        if flag in given and config.schedule != needed:
+            raise InputError(f"--{flag} belongs to --schedule {needed}; the schedule is {config.schedule}")
+    if config.decoupled and not config.l2:
+        raise InputError("--decoupled says how --l2 is applied; give --l2 too")
+    return config
 
 
 def parse_hidden(text: str) -> tuple[int, ...]:

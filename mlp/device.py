@@ -55,10 +55,10 @@ def _gpu(fused: bool) -> Device:
     import cupy
 
     try:
-        cupy.zeros(1).fill(1)  # a first kernel: finds a driver or CUDA libraries that do not fit
+        (cupy.ones((1, 1)) @ cupy.ones((1, 1))).sum().item()  # finds CUDA libraries that are missing or do not fit
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"the GPU cannot be used ({reason}); repair CuPy's installation or give --device cpu") from None
+        raise InputError(f"the GPU cannot be used ({reason}); see whether `pip install 'cupy-cuda12x[ctk]'` helps, or give --device cpu") from None
     name = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())["name"].decode()
     return Device("cuda", name, cupy, kernels if fused else plain, chunk_rows=16384)
 

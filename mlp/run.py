@@ -52,6 +52,7 @@ def train(config: Config, out: Path | None = None) -> int:
     in each case the folder holds the results of the best epoch. InputError for whatever the user can mend.
     """
     began = time.perf_counter()
+    _refuse_used_folder(out)  # before a download of half a gigabyte
     device = select(config.device, config.fused)
     dataset = data.load(config.data)
     split = data.stratified_split(dataset.labels)
@@ -121,16 +122,23 @@ def _print_summary(metrics: dict, val: Evaluation, test: Evaluation, noise: dict
     print((f"{per_epoch:.2f} s per epoch; " if per_epoch else "") + f"results in {folder}")
 
 
+def _refuse_used_folder(out: Path | None) -> None:
+    try:
+        used = out is not None and (out / "config.json").exists()
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be used ({error.strerror}); give another folder") from None
+    if used:
+        raise InputError(f"--out {out} already holds a run; give another folder")
+
+
 def _make_folder(out: Path | None, config: Config, data_name: str) -> Path:
-    """Create the run's folder. A folder that already holds a run is refused: its results would be lost."""
+    """Create the run's folder and see that it can be written."""
     if out is None:
         name = f"{config.model}{'-fused' if config.fused else ''}-{re.sub('[^A-Za-z0-9._-]+', '-', data_name)}"
         out = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
         while out.exists():  # another run of the same second
             out = out.with_name(out.name + "x")
     try:
-        if (out / "config.json").exists():
-            raise InputError(f"--out {out} already holds a run; give a folder that does not exist or is empty")
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".writable"
         probe.touch()

@@ -187,6 +187,14 @@ def test_scalars_in_arrays(backend, op, name):
     _assert_refused(backend, op, TypeError, name, backend.array([1.0, 1.0]))
 
 
+def test_seed_is_a_whole_number(backend):
+    _assert_refused(backend, "gather_batch", TypeError, "seed", 0.5)
+
+
+def test_images_need_a_pixel(backend):
+    _assert_refused(backend, "gather_batch", ValueError, "images", backend.array(np.zeros((3, 0)), np.uint8))
+
+
 def test_momentum_needs_a_velocity(backend):
     _assert_refused(backend, "sgd_step", ValueError, "velocity", None)
 

@@ -158,3 +158,20 @@ def test_parse_batch_size():
     for text in ("", "x", "1.5", "Full", "1e3"):
         with pytest.raises(InputError, match="^--batch-size "):
             configs.parse_batch_size(text)
+
+
+@pytest.mark.parametrize("given", [{"gamma": 0.9}, {"decay": 1e-4}, {"schedule": "linear", "gamma": 0.9}, {"decoupled": True}])
+def test_flags_that_nothing_would_read_are_refused(given):
+    with pytest.raises(InputError, match="--(gamma|decay) belongs to --schedule|--decoupled says"):
+        configs.from_flags("m1", **given)
+
+
+def test_flags_that_are_read_are_taken():
+    config = configs.from_flags("m1", schedule="exponential", gamma=0.9, l2=0.1, decoupled=True)
+    assert (config.gamma, config.decoupled) == (0.9, True)
+
+
+def test_the_momentum_of_a_preset_goes_with_its_optimizer():
+    assert configs.preset("m1a", optimizer="adam").momentum == 0.0
+    with pytest.raises(InputError, match="--momentum"):
+        configs.preset("m1a", optimizer="adam", momentum=0.9)
