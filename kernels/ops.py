@@ -26,12 +26,17 @@ def _is_cupy(x) -> bool:
     return type(x).__module__.partition(".")[0] == "cupy"
 
 
+@functools.cache
+def _host():
+    from . import host
+
+    return host
+
+
 def _backend(name, array):
     """The module that holds the compiled ops for this kind of array."""
     if isinstance(array, np.ndarray):
-        from . import host
-
-        return host
+        return _host()
     if _is_cupy(array):
         from . import cuda
 
@@ -111,6 +116,8 @@ def _accepts_torch(op):
 def _check(name, array, like, dtype, *shape):
     """Raise unless `array` is of the kind and on the device of `like`, C-contiguous, and has the dtype and shape
     (None: any length)."""
+    if type(array) is np.ndarray is type(like) and array.dtype is dtype and array.shape == shape and array.flags.c_contiguous:
+        return  # the usual case, in a microsecond less
     if type(array) is not type(like):
         raise TypeError(f"{name} must be a {type(like).__module__} array like the others, got {type(array).__name__}")
     if array.dtype != dtype:
@@ -141,9 +148,9 @@ def _check_activation(activation):
 
 def _check_number(name, value, low=-math.inf, high=math.inf):
     """Raise unless low <= value < high (value finite)."""
-    if not isinstance(value, numbers.Real):
+    if type(value) is not float and not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (low <= value < high) or math.isinf(value):
+    if not low <= value < high or math.isinf(value):
         raise ValueError(f"{name} must be a finite number in [{low:g}, {high:g}), got {value!r}")
 
 

@@ -12,35 +12,39 @@
 
 namespace {
 
-constexpr index_t CHUNK_ELEMENTS = 8192;  // 32 KB of float32: work for microseconds, and enough of it to share
-constexpr index_t CHUNK_ROWS = 512;       // a running column sum of more rows would lose digits
+constexpr double CHUNK_NANOSECONDS = 4000;  // long against handing a chunk out, short against the whole op
+constexpr index_t MIN_ROWS = 16, MAX_ROWS = 512;  // column sums: few partial sums, and few digits lost in each
 
 index_t divide_up(index_t a, index_t b) { return (a + b - 1) / b; }
 
+// A chunk's length follows from the op's cost, never from the number of threads.
 template <class F> void over_elements(index_t n, double nanoseconds_each, F f) {
-  Pool::instance().share(divide_up(n, CHUNK_ELEMENTS), n * nanoseconds_each, [&](index_t k) {
-    f(Range{k * CHUNK_ELEMENTS, std::min(n, (k + 1) * CHUNK_ELEMENTS)});
+  const index_t length = (index_t)(CHUNK_NANOSECONDS / nanoseconds_each) / 16 * 16;  // whole cache lines
+  Pool::instance().share(divide_up(n, length), n * nanoseconds_each, [&](index_t k) {
+    f(Range{k * length, std::min(n, (k + 1) * length)});
   });
 }
 
 struct RowChunks {
   index_t B, N, rows, count;
-  RowChunks(index_t B, index_t N)
-      : B(B), N(N), rows(std::clamp<index_t>(CHUNK_ELEMENTS / std::max<index_t>(1, N), 1, CHUNK_ROWS)),
-        count(std::max<index_t>(1, divide_up(B, rows))) {}
+  double nanoseconds;
+  RowChunks(index_t B, index_t N, double nanoseconds_each)
+      : B(B), N(N),
+        rows(std::clamp((index_t)(CHUNK_NANOSECONDS / (nanoseconds_each * std::max<index_t>(1, N))), MIN_ROWS, MAX_ROWS)),
+        count(std::max<index_t>(1, divide_up(B, rows))), nanoseconds((double)B * N * nanoseconds_each) {}
 };
 
-template <class F> void over_rows(const RowChunks& c, double nanoseconds_each, F f) {
-  Pool::instance().share(c.count, (double)c.B * c.N * nanoseconds_each, [&](index_t k) {
+template <class F> void over_rows(const RowChunks& c, F f) {
+  Pool::instance().share(c.count, c.nanoseconds, [&](index_t k) {
     f(k, Rows{k * c.rows, std::min(c.B, (k + 1) * c.rows), c.N});
   });
 }
 
 template <class Act> void backward(const float* dy, const float* saved, const float* bias, float* dz, float* dbias,
                                    index_t B, index_t N, double cost) {
-  const RowChunks chunks(B, N);
+  const RowChunks chunks(B, N, cost);
   std::vector<float> partial(chunks.count > 1 ? chunks.count * N : 0);
-  over_rows(chunks, cost, [&](index_t k, Rows rows) {
+  over_rows(chunks, [&](index_t k, Rows rows) {
     bias_act_backward_rows<Act>(rows, dy, saved, bias, dz, chunks.count > 1 ? &partial[k * N] : dbias);
   });
   if (chunks.count == 1) return;
@@ -66,7 +70,7 @@ EXPORT void kernels_run_blas(int, void (*dojob)(int, void*, int), int count, siz
 
 #define BIAS_ACT(name, Act, forward_cost, backward_cost)                                                      \
   EXPORT void bias_act_##name(const float* z, const float* bias, float* y, index_t B, index_t N) {            \
-    over_rows(RowChunks(B, N), forward_cost, [=](index_t, Rows rows) { bias_act_rows<Act>(rows, z, bias, y); }); \
+    over_rows(RowChunks(B, N, forward_cost), [=](index_t, Rows rows) { bias_act_rows<Act>(rows, z, bias, y); }); \
   }                                                                                                           \
   EXPORT void bias_act_backward_##name(const float* dy, const float* saved, const float* bias, float* dz,     \
                                        float* dbias, index_t B, index_t N) {                                  \
@@ -82,10 +86,10 @@ BIAS_ACT(gelu_tanh, GeluTanh, 0.6, 0.9)
 
 EXPORT void softmax_xent(const float* logits, const int* labels, float* dlogits, float* loss, double* totals,
                          index_t B, int C, float scale) {
-  const RowChunks chunks(B, C);
+  const RowChunks chunks(B, C, 1.5);
   struct Sum { double loss, correct; };
   std::vector<Sum> partial(chunks.count);
-  over_rows(chunks, 1.5, [&](index_t k, Rows rows) {
+  over_rows(chunks, [&](index_t k, Rows rows) {
     Sum sum{0.0, 0.0};
     for (index_t r = rows.begin; r < rows.end; ++r) {
       float* const dx = dlogits + r * C;
@@ -128,7 +132,7 @@ EXPORT void gather(const unsigned char* images, const int* labels, const int* in
                    unsigned seed_low, unsigned seed_high) {
   const GatherSettings settings{mean, scale, noise_sigma, seed_low, seed_high, D, side, M};
   const double cost = 0.6 + (affine ? 5.0 : 0.0) + (noise_sigma != 0.0f ? 8.0 : 0.0);
-  over_rows(RowChunks(B, D), cost, [&](index_t, Rows rows) {
+  over_rows(RowChunks(B, D, cost), [&](index_t, Rows rows) {
     for (index_t b = rows.begin; b < rows.end; ++b) {
       const index_t source = index[b];
       float* const row = x + b * D;
