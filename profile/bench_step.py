@@ -193,10 +193,15 @@ def main() -> int:
     parser.add_argument("--settle", type=float, default=0.25, help="untimed seconds before a turn (default: 0.25)")
     parser.add_argument("--csv", type=Path, help="where to write (default: profile/results/<device>/step.csv)")
     args = parser.parse_args()
+    if min(args.rounds, args.blocks) < 1 or not args.settle >= 0:
+        parser.error("--rounds and --blocks must be at least 1, --settle at least 0")
+    batches = args.batches.split(",")
+    if not all(b.isdecimal() and 0 < int(b) <= IMAGES // 2 for b in batches):
+        parser.error(f"--batches {args.batches} is not a list of whole numbers from 1 to {IMAGES // 2}")
     data, results = synthetic_data(), []
     try:
         for model in args.models.split(","):
-            for batch in map(int, args.batches.split(",")):
+            for batch in map(int, batches):
                 config = configs.preset(model, batch_size=batch, device=args.device, fused=True)
                 table, device = contenders(config, data, args.device)
                 part = list(rows(measure(table, device, args.rounds, args.blocks, args.settle), config, device))
