@@ -4,8 +4,8 @@
 
 All contenders run in this process on the same synthetic bytes, in turns, in blocks of steps; a sample is one
 block's mean. Before its blocks a contender runs for a while untimed, so that the threads of the others have
-gone to sleep. NumPy's matrix products are timed on NumPy's own threads and on the fused library's, and every
-ratio is taken to the faster of the two.
+gone to sleep. NumPy's matrix products are timed on NumPy's own threads and on the fused library's; a ratio is
+taken to the faster of the two, round by round, because a shared machine changes its speed within seconds.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def contenders(config, data, kind):
 
 
 def measure(table, device, rounds, blocks, settle):
-    """Mean seconds per step of each block, by contender, taken in turns."""
+    """By contender: an array (rounds, blocks) of mean seconds per step."""
     samples = {name: [] for name in table}
     for _ in range(rounds):
         for name, (step, shared) in table.items():
@@ -128,14 +128,16 @@ def measure(table, device, rounds, blocks, settle):
                 step(k)
                 k += 1
             device.synchronize()
+            turn = []
             for _ in range(blocks):
                 began = time.perf_counter()
                 for _ in range(STEPS):
                     step(k)
                     k += 1
                 device.synchronize()
-                samples[name].append((time.perf_counter() - began) / STEPS)
-    return samples
+                turn.append((time.perf_counter() - began) / STEPS)
+            samples[name].append(turn)
+    return {name: np.array(turns) for name, turns in samples.items()}
 
 
 def versions() -> str:
@@ -159,7 +161,8 @@ def revision() -> str:
 def rows(samples, config, device):
     """One CSV row per contender."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gemm = min(np.median(times) for name, times in samples.items() if name.startswith("GEMM"))
+    by_round = {name: np.median(times, axis=1) for name, times in samples.items()}
+    gemm = np.min([times for name, times in by_round.items() if name.startswith("GEMM")], axis=0)
     common = {
         "model": config.model, "layers": "-".join(map(str, (784, *config.hidden, CLASSES))),
         "batch": config.batch_size, "dtype": "float32", "device": device.name, "cores": cores,
@@ -168,8 +171,8 @@ def rows(samples, config, device):
     for name, times in samples.items():
         p20, p50, p80 = np.percentile(times, (20, 50, 80))
         yield common | {
-            "contender": name, "samples": len(times), "p20_ms": f"{p20 * 1e3:.3f}", "p50_ms": f"{p50 * 1e3:.3f}",
-            "p80_ms": f"{p80 * 1e3:.3f}", "to_gemm": f"{p50 / gemm:.3f}",
+            "contender": name, "samples": times.size, "p20_ms": f"{p20 * 1e3:.3f}", "p50_ms": f"{p50 * 1e3:.3f}",
+            "p80_ms": f"{p80 * 1e3:.3f}", "to_gemm": f"{np.median(by_round[name] / gemm):.3f}",
             "images_per_second": f"{config.batch_size / p50:.0f}",
         }  # fmt: skip
 
@@ -188,9 +191,9 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--models", default="m0,m1", help="presets, separated by commas (default: m0,m1)")
     parser.add_argument("--batches", default="256,512", help="batch sizes, separated by commas (default: 256,512)")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each contender (default: 7)")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each contender (default: 9)")
     parser.add_argument("--blocks", type=int, default=6, help=f"blocks of {STEPS} steps in a turn (default: 6)")
-    parser.add_argument("--settle", type=float, default=0.25, help="untimed seconds before a turn (default: 0.25)")
+    parser.add_argument("--settle", type=float, default=0.2, help="untimed seconds before a turn (default: 0.2)")
     parser.add_argument("--csv", type=Path, help="where to write (default: profile/results/<device>/step.csv)")
     args = parser.parse_args()
     if min(args.rounds, args.blocks) < 1 or not args.settle >= 0:
