@@ -21,11 +21,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", default="m1", help="preset, one of those of --list (default: m1)")
     add("--fused", action="store_true", help="use the fused kernels instead of plain array code")
     add("--device", help="auto (default: the GPU where there is one), cpu or cuda")
-    add("--data", help="auto (default: EMNIST ByMerge, else glyphs), emnist, glyphs, glyphs:N, or a folder of IDX or .npy files")
+    add("--data", help="auto (default: EMNIST, else glyphs), emnist, glyphs[:N], or a folder of IDX or .npy files")
     add("--out", type=Path, help="folder for the results (default: a new one under runs/)")
     change = parser.add_argument_group("what to change in the preset").add_argument
     change("--epochs", type=int, help="at most so many passes over the training images")
-    change("--batch-size", type=configs.parse_batch_size, help="images per step, or 'full' for exact full-batch descent")
+    change("--batch-size", type=configs.parse_batch_size, help="images per step, or 'full': exact full-batch descent")
     change("--lr", type=float, help="learning rate of the first epoch, for a loss that is the mean over the batch")
     change("--hidden", type=configs.parse_hidden, help="widths of the hidden layers, such as 400,240,120")
     change("--activation", help=", ".join(configs.ACTIVATIONS))

@@ -57,7 +57,8 @@ def share_blas_threads(yes: bool, library: ctypes.CDLL | None = None) -> bool:
     NumPy uses another BLAS. The environment variable KERNELS_SHARE_BLAS=0 keeps them apart from the start.
     """
     library = library or _library()
-    numpy_library = ctypes.CDLL(np._core._multiarray_umath.__file__)  # a symbol search reaches what it links
+    core = np._core if hasattr(np, "_core") else np.core  # NumPy 2, NumPy 1
+    numpy_library = ctypes.CDLL(core._multiarray_umath.__file__)  # a symbol search reaches what it links
     for name in _OPENBLAS_NAMES:
         setter = getattr(numpy_library, name.format("set_threads_callback_function"), None)
         threads = getattr(numpy_library, name.format("get_num_threads"), None)

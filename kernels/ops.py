@@ -9,21 +9,25 @@ Letters: B rows of the batch, N columns, C classes, P parameters, M images, D pi
 """
 
 import functools
-import inspect
 import math
 import numbers
-import sys
 
 import numpy as np
 
-from . import BackendError
-
-FLOAT32, FLOAT64, INT32, UINT8 = map(np.dtype, (np.float32, np.float64, np.int32, np.uint8))
-ACTIVATIONS = ("identity", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh")
-
-
-def _is_cupy(x) -> bool:
-    return type(x).__module__.partition(".")[0] == "cupy"
+from .arguments import (
+    ACTIVATIONS,
+    FLOAT32,
+    FLOAT64,
+    INT32,
+    UINT8,
+    check,
+    check_activation,
+    check_number,
+    check_output,
+    check_scalar,
+    is_cupy,
+)
+from .interop import accepts_torch
 
 
 @functools.cache
@@ -37,7 +41,7 @@ def _backend(name, array):
     """The module that holds the compiled ops for this kind of array."""
     if isinstance(array, np.ndarray):
         return _host()
-    if _is_cupy(array):
+    if is_cupy(array):
         from . import cuda
 
         cuda.check_device(name, array)
@@ -45,116 +49,7 @@ def _backend(name, array):
     raise TypeError(f"{name} must be a NumPy, CuPy or torch array, got {type(array).__name__}")
 
 
-def _is_torch(x) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(x, torch.Tensor)
-
-
-def _from_torch(name, tensor):
-    """A NumPy or CuPy view of a tensor's memory."""
-    if tensor.requires_grad:
-        raise TypeError(f"{name} must not be a tensor that requires grad; pass {name}.detach()")
-    if tensor.device.type == "cpu":
-        try:
-            return tensor.numpy()
-        except (TypeError, RuntimeError) as error:  # bfloat16, sparse, ...
-            raise TypeError(f"{name} has no NumPy view: {error}") from None
-    if tensor.device.type != "cuda":
-        raise TypeError(f"{name} must be a tensor on cpu or cuda, got one on {tensor.device}")
-    try:
-        import cupy
-    except ImportError:
-        raise BackendError("ops on CUDA tensors need CuPy; run `pip install 'cupy-cuda12x[ctk]'`") from None
-    return cupy.from_dlpack(tensor)
-
-
-def _accepts_torch(op):
-    """Let `op` take and return torch tensors, on torch's current device and stream."""
-    names = tuple(inspect.signature(op).parameters)
-
-    @functools.wraps(op)
-    def wrapped(*args, **kwargs):
-        first = args[0] if args else kwargs.get(names[0])
-        if type(first) is np.ndarray or not _is_torch(first):
-            return op(*args, **kwargs)
-        import torch
-
-        views = {}
-
-        def convert(name, x):
-            if not _is_torch(x):
-                if isinstance(x, np.ndarray) or _is_cupy(x):
-                    raise TypeError(f"{name} must be a torch tensor like the others, got {type(x).__name__}")
-                return x
-            for view, tensor in views.values():
-                if tensor is x:  # the same array twice must stay the same array: out=dy, say
-                    return view
-            view = _from_torch(name, x)
-            views[id(view)] = (view, x)
-            return view
-
-        def restore(x):
-            if isinstance(x, tuple):
-                return tuple(map(restore, x))
-            return views[id(x)][1] if id(x) in views else None if x is None else torch.from_dlpack(x)
-
-        def call():
-            positional = [convert(name, x) for name, x in zip(names, args)] + list(args[len(names) :])
-            return restore(op(*positional, **{name: convert(name, x) for name, x in kwargs.items()}))
-
-        if first.device.type != "cuda":
-            return call()
-        import cupy
-
-        stream = torch.cuda.current_stream(first.device)
-        with cupy.cuda.Device(first.device.index), cupy.cuda.ExternalStream(stream.cuda_stream):
-            return call()
-
-    return wrapped
-
-
-def _check(name, array, like, dtype, *shape):
-    """Raise unless `array` is of the kind and on the device of `like`, C-contiguous, and has the dtype and shape
-    (None: any length)."""
-    if type(array) is np.ndarray is type(like) and array.dtype is dtype and array.shape == shape and array.flags.c_contiguous:
-        return  # the usual case, in a microsecond less
-    if type(array) is not type(like):
-        raise TypeError(f"{name} must be a {type(like).__module__} array like the others, got {type(array).__name__}")
-    if array.dtype != dtype:
-        raise TypeError(f"{name} must have dtype {dtype}, got {array.dtype} with shape {array.shape}")
-    if array.shape != shape and not _matches(array.shape, shape):
-        expected = ", ".join("any" if n is None else str(n) for n in shape) + ("," if len(shape) == 1 else "")
-        raise ValueError(f"{name} must have shape ({expected}), got {array.shape}")
-    if not array.flags.c_contiguous:
-        raise ValueError(f"{name} must be C-contiguous, got shape {array.shape} with strides {array.strides}")
-    if type(array) is not np.ndarray and _is_cupy(array) and array.device.id != like.device.id:
-        raise ValueError(f"{name} must be on GPU {like.device.id} like the others, got GPU {array.device.id}")
-
-
-def _matches(shape, pattern) -> bool:
-    return len(shape) == len(pattern) and all(n in (None, got) for n, got in zip(pattern, shape))
-
-
-def _check_output(name, array, like, dtype, *shape):
-    _check(name, array, like, dtype, *shape)
-    if isinstance(array, np.ndarray) and not array.flags.writeable:
-        raise ValueError(f"{name} must be writeable, got a read-only array of shape {array.shape}")
-
-
-def _check_activation(activation):
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-
-
-def _check_number(name, value, low=-math.inf, high=math.inf):
-    """Raise unless low <= value < high (value finite)."""
-    if type(value) is not float and not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not low <= value < high or math.isinf(value):
-        raise ValueError(f"{name} must be a finite number in [{low:g}, {high:g}), got {value!r}")
-
-
-@_accepts_torch
+@accepts_torch
 def bias_act(z, bias, activation="relu", out=None):
     """act(z + bias): z (B, N), bias (N,) -> (B, N). `out` may be z.
 
@@ -162,18 +57,18 @@ def bias_act(z, bias, activation="relu", out=None):
     as in torch.nn.functional.
     """
     backend = _backend("z", z)
-    _check("z", z, z, FLOAT32, None, None)
-    _check("bias", bias, z, FLOAT32, z.shape[1])
-    _check_activation(activation)
+    check("z", z, z, FLOAT32, None, None)
+    check("bias", bias, z, FLOAT32, z.shape[1])
+    check_activation(activation)
     if out is None:
         out = backend.empty(z.shape, like=z)
     else:
-        _check_output("out", out, z, FLOAT32, *z.shape)
+        check_output("out", out, z, FLOAT32, *z.shape)
     backend.bias_act(z, bias, activation, out)
     return out
 
 
-@_accepts_torch
+@accepts_torch
 def bias_act_backward(dy, saved, activation="relu", bias=None, out=None, bias_grad=None):
     """The gradients of bias_act: dy, saved (B, N) -> dz (B, N), dbias (N,), in one pass over dy and saved.
 
@@ -181,24 +76,24 @@ def bias_act_backward(dy, saved, activation="relu", bias=None, out=None, bias_gr
     bias_act's output serves as well. dbias = dz.sum(0), added in a fixed order. `out` may be dy.
     """
     backend = _backend("dy", dy)
-    _check("dy", dy, dy, FLOAT32, None, None)
-    _check("saved", saved, dy, FLOAT32, *dy.shape)
-    _check_activation(activation)
+    check("dy", dy, dy, FLOAT32, None, None)
+    check("saved", saved, dy, FLOAT32, *dy.shape)
+    check_activation(activation)
     if bias is not None:
-        _check("bias", bias, dy, FLOAT32, dy.shape[1])
+        check("bias", bias, dy, FLOAT32, dy.shape[1])
     if out is None:
         out = backend.empty(dy.shape, like=dy)
     else:
-        _check_output("out", out, dy, FLOAT32, *dy.shape)
+        check_output("out", out, dy, FLOAT32, *dy.shape)
     if bias_grad is None:
         bias_grad = backend.empty(dy.shape[1:], like=dy)
     else:
-        _check_output("bias_grad", bias_grad, dy, FLOAT32, dy.shape[1])
+        check_output("bias_grad", bias_grad, dy, FLOAT32, dy.shape[1])
     backend.bias_act_backward(dy, saved, bias, activation, out, bias_grad)
     return out, bias_grad
 
 
-@_accepts_torch
+@accepts_torch
 def softmax_cross_entropy(logits, labels, scale=None, out=None, totals=None):
     """Loss and gradient: logits (B, C), labels int32 (B,) -> loss (0-d), dlogits (B, C).
 
@@ -209,35 +104,27 @@ def softmax_cross_entropy(logits, labels, scale=None, out=None, totals=None):
     largest logit are added: an epoch's loss and accuracy without leaving the device.
     """
     backend = _backend("logits", logits)
-    _check("logits", logits, logits, FLOAT32, None, None)
+    check("logits", logits, logits, FLOAT32, None, None)
     B, C = logits.shape
     if C < 1:
         raise ValueError(f"logits must have at least one class, got shape {logits.shape}")
-    _check("labels", labels, logits, INT32, B)
+    check("labels", labels, logits, INT32, B)
     if scale is None:
         scale = 1.0 / B if B else math.nan
     else:
-        _check_number("scale", scale)
+        check_number("scale", scale)
     if out is None:
         out = backend.empty(logits.shape, like=logits)
     else:
-        _check_output("out", out, logits, FLOAT32, B, C)
+        check_output("out", out, logits, FLOAT32, B, C)
     if totals is not None:
-        _check_output("totals", totals, logits, FLOAT64, 2)
+        check_output("totals", totals, logits, FLOAT64, 2)
     loss = backend.empty((), like=logits)
     backend.softmax_cross_entropy(logits, labels, scale, out, loss, totals)
     return loss, out
 
 
-def _check_scalar(name, value, like, low):
-    """A number >= low, or a float32 array of one element beside `like`, which the kernel reads when it runs."""
-    if hasattr(value, "dtype") and getattr(value, "size", 0) == 1 and type(value) is type(like):
-        _check(name, value, like, FLOAT32, *value.shape)
-    else:
-        _check_number(name, value, low)
-
-
-@_accepts_torch
+@accepts_torch
 def adam_step(p, g, m, v, *, step, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=False):
     """One Adam step on flat arrays (P,), in place on p, m and v, in one launch (Kingma & Ba 2015).
 
@@ -246,20 +133,20 @@ def adam_step(p, g, m, v, *, step, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_
     arrays of one element on the device of p. Returns None.
     """
     backend = _backend("p", p)
-    _check_output("p", p, p, FLOAT32, None)
-    _check("g", g, p, FLOAT32, p.size)
-    _check_output("m", m, p, FLOAT32, p.size)
-    _check_output("v", v, p, FLOAT32, p.size)
-    _check_scalar("step", step, p, 1)
-    _check_scalar("lr", lr, p, 0.0)
-    _check_number("beta1", beta1, 0.0, 1.0)
-    _check_number("beta2", beta2, 0.0, 1.0)
-    _check_number("eps", eps, 0.0)
-    _check_number("weight_decay", weight_decay, 0.0)
+    check_output("p", p, p, FLOAT32, None)
+    check("g", g, p, FLOAT32, p.size)
+    check_output("m", m, p, FLOAT32, p.size)
+    check_output("v", v, p, FLOAT32, p.size)
+    check_scalar("step", step, p, 1)
+    check_scalar("lr", lr, p, 0.0)
+    check_number("beta1", beta1, 0.0, 1.0)
+    check_number("beta2", beta2, 0.0, 1.0)
+    check_number("eps", eps, 0.0)
+    check_number("weight_decay", weight_decay, 0.0)
     backend.adam_step(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay, decoupled)
 
 
-@_accepts_torch
+@accepts_torch
 def sgd_step(p, g, velocity=None, *, lr, momentum=0.0, weight_decay=0.0):
     """One SGD step on flat arrays (P,), in place on p and velocity, in one launch, as torch.optim.SGD.
 
@@ -267,19 +154,19 @@ def sgd_step(p, g, velocity=None, *, lr, momentum=0.0, weight_decay=0.0):
     Returns None.
     """
     backend = _backend("p", p)
-    _check_output("p", p, p, FLOAT32, None)
-    _check("g", g, p, FLOAT32, p.size)
-    _check_scalar("lr", lr, p, 0.0)
-    _check_number("momentum", momentum, 0.0)
-    _check_number("weight_decay", weight_decay, 0.0)
+    check_output("p", p, p, FLOAT32, None)
+    check("g", g, p, FLOAT32, p.size)
+    check_scalar("lr", lr, p, 0.0)
+    check_number("momentum", momentum, 0.0)
+    check_number("weight_decay", weight_decay, 0.0)
     if velocity is not None:
-        _check_output("velocity", velocity, p, FLOAT32, p.size)
+        check_output("velocity", velocity, p, FLOAT32, p.size)
     elif momentum:
         raise ValueError(f"velocity must be an array of shape {p.shape} where momentum is {momentum}, got None")
     backend.sgd_step(p, g, velocity, lr, momentum, weight_decay)
 
 
-@_accepts_torch
+@accepts_torch
 def gather_batch(
     images, labels, index, *, out_x=None, out_y=None, mean=0.0, scale=1.0, noise_sigma=0.0, seed=0, affine=None
 ):
@@ -292,30 +179,30 @@ def gather_batch(
     bilinearly, 0 outside. An index outside [0, M) gives a NaN row and label -1.
     """
     backend = _backend("images", images)
-    _check("images", images, images, UINT8, None, None)
+    check("images", images, images, UINT8, None, None)
     M, D = images.shape
     if D < 1:
         raise ValueError(f"images must have at least one pixel, got shape {images.shape}")
-    _check("labels", labels, images, INT32, M)
-    _check("index", index, images, INT32, None)
+    check("labels", labels, images, INT32, M)
+    check("index", index, images, INT32, None)
     B, side = index.size, math.isqrt(D)
     if affine is not None:
-        _check("affine", affine, images, FLOAT32, B, 2, 3)
+        check("affine", affine, images, FLOAT32, B, 2, 3)
         if side * side != D:
             raise ValueError(f"affine needs square images, got {D} pixels")
-    _check_number("mean", mean)
-    _check_number("scale", scale)
-    _check_number("noise_sigma", noise_sigma, 0.0)
-    _check_number("seed", seed, 0, 2**64)
+    check_number("mean", mean)
+    check_number("scale", scale)
+    check_number("noise_sigma", noise_sigma, 0.0)
+    check_number("seed", seed, 0, 2**64)
     if not isinstance(seed, numbers.Integral):
         raise TypeError(f"seed must be a whole number, got {type(seed).__name__}")
     if out_x is None:
         out_x = backend.empty((B, D), like=images)
     else:
-        _check_output("out_x", out_x, images, FLOAT32, B, D)
+        check_output("out_x", out_x, images, FLOAT32, B, D)
     if out_y is None:
         out_y = backend.empty((B,), INT32, like=images)
     else:
-        _check_output("out_y", out_y, images, INT32, B)
+        check_output("out_y", out_y, images, INT32, B)
     backend.gather_batch(images, labels, index, affine, out_x, out_y, side, mean, scale, noise_sigma, int(seed))
     return out_x, out_y

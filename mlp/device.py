@@ -55,10 +55,13 @@ def _gpu(fused: bool) -> Device:
     import cupy
 
     try:
-        (cupy.ones((1, 1)) @ cupy.ones((1, 1))).sum().item()  # finds CUDA libraries that are missing or do not fit
+        one = cupy.ones((1, 1))
+        (one @ one).sum().item()  # a kernel and a matrix product: finds CUDA libraries that are missing or do not fit
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"the GPU cannot be used ({reason}); see whether `pip install 'cupy-cuda12x[ctk]'` helps, or give --device cpu") from None
+        raise InputError(
+            f"the GPU cannot be used ({reason}); try `pip install 'cupy-cuda12x[ctk]'`, or give --device cpu"
+        ) from None
     name = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())["name"].decode()
     return Device("cuda", name, cupy, kernels if fused else plain, chunk_rows=16384)
 

@@ -151,8 +151,9 @@ def revision() -> str:
     try:
         git = ["git", "-C", str(ROOT)]
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "--", "kernels", "mlp", "CMakeLists.txt", "profile/bench_step.py"],
-                                 capture_output=True, text=True, check=True)  # fmt: skip
+        measured = ["kernels", "mlp", "CMakeLists.txt", "profile/bench_step.py"]
+        status = [*git, "status", "--porcelain", "--", *measured]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True)
         return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -22,7 +22,8 @@ def step_table(path: Path) -> str:
         if len({row[column] for row in rows}) != 1:
             raise SystemExit(f"error: {path} mixes several values of {column}; measure it again in one run")
     first = rows[0]
-    lines = ["| model | batch | contender | ms/step (p20–p80) | × GEMMs alone | images/s |", "|---|---|---|---|---|---|"]
+    header = ("model", "batch", "contender", "ms/step (p20–p80)", "× GEMMs alone", "images/s")
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for row in rows:
         lines.append(
             f"| {row['model']} | {row['batch']} | {row['contender']} | **{row['p50_ms']}** "

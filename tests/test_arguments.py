@@ -191,6 +191,12 @@ def test_seed_is_a_whole_number(backend):
     _assert_refused(backend, "gather_batch", TypeError, "seed", 0.5)
 
 
+def test_misaligned_within_an_element():
+    odd = np.zeros(4 * 6 + 1, np.uint8)[1:].view(np.float32)
+    with pytest.raises(ValueError, match=r"\bz\b.*multiple of 4 bytes"):
+        OPS["bias_act"].function(z=odd.reshape(2, 3), bias=np.zeros(3, np.float32))
+
+
 def test_images_need_a_pixel(backend):
     _assert_refused(backend, "gather_batch", ValueError, "images", backend.array(np.zeros((3, 0)), np.uint8))
 

@@ -160,7 +160,9 @@ def test_parse_batch_size():
             configs.parse_batch_size(text)
 
 
-@pytest.mark.parametrize("given", [{"gamma": 0.9}, {"decay": 1e-4}, {"schedule": "linear", "gamma": 0.9}, {"decoupled": True}])
+@pytest.mark.parametrize(
+    "given", [{"gamma": 0.9}, {"decay": 1e-4}, {"schedule": "linear", "gamma": 0.9}, {"decoupled": True}]
+)
 def test_flags_that_nothing_would_read_are_refused(given):
     with pytest.raises(InputError, match="--(gamma|decay) belongs to --schedule|--decoupled says"):
         configs.from_flags("m1", **given)

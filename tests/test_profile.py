@@ -37,7 +37,9 @@ def test_bench_step_writes_what_it_prints(tmp_path):
         assert row["p50_ms"] in result.stdout
 
 
-@pytest.mark.parametrize("arguments", [("--models", "nothing"), ("--batches", "0"), ("--batches", "full"), ("--rounds", "0")])
+@pytest.mark.parametrize(
+    "arguments", [("--models", "nothing"), ("--batches", "0"), ("--batches", "full"), ("--rounds", "0")]
+)
 def test_bench_step_refuses_in_one_sentence(arguments, tmp_path):
     result = run("profile/bench_step.py", *arguments, "--csv", tmp_path / "step.csv")
     assert result.returncode != 0 and "Traceback" not in result.stderr and "error" in result.stderr

@@ -28,10 +28,11 @@ template <class F> void over_elements(index_t n, double nanoseconds_each, F f) {
 struct RowChunks {
   index_t B, N, rows, count;
   double nanoseconds;
-  RowChunks(index_t B, index_t N, double nanoseconds_each)
-      : B(B), N(N),
-        rows(std::clamp((index_t)(CHUNK_NANOSECONDS / (nanoseconds_each * std::max<index_t>(1, N))), MIN_ROWS, MAX_ROWS)),
-        count(std::max<index_t>(1, divide_up(B, rows))), nanoseconds((double)B * N * nanoseconds_each) {}
+  RowChunks(index_t B, index_t N, double nanoseconds_each) : B(B), N(N), nanoseconds((double)B * N * nanoseconds_each) {
+    const double row = nanoseconds_each * std::max<index_t>(1, N);
+    rows = std::clamp((index_t)(CHUNK_NANOSECONDS / row), MIN_ROWS, MAX_ROWS);
+    count = std::max<index_t>(1, divide_up(B, rows));
+  }
 };
 
 template <class F> void over_rows(const RowChunks& c, F f) {
