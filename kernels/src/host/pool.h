@@ -3,7 +3,8 @@
 // Two pools in one process fight for the cores: BLAS threads spin between the matrix products of a training
 // step, just when the fused ops want to run. So there is one pool. OpenBLAS hands it its jobs through the
 // threading callback that it offers for this (openblas_set_threads_callback_function; see host.py). Workers
-// then spin for SPIN after each job, because the next is microseconds away, and sleep after that. Where BLAS
+// then look for news for SPIN after each job, giving way to others, because the next job is microseconds away
+// and a virtual CPU that has gone to sleep is slow to wake; OpenBLAS's threads do so for 100 ms. Where BLAS
 // keeps its own threads (`shared` is false), workers never spin and are woken only for long work.
 //
 // share(): chunks go to whoever comes. The caller starts at once and never waits for a worker that has not
@@ -60,7 +61,7 @@ class Pool {
   }
 
  private:
-  static constexpr auto SPIN = std::chrono::microseconds(100);
+  static constexpr auto SPIN = std::chrono::milliseconds(10);
 
   struct Job {
     void (*call)(void*, long long);
