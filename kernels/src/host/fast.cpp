@@ -1,6 +1,7 @@
 // The C entry points of the fast host build: the same device code as module.cu, a contiguous chunk at a
 // time. Chunks depend on the shape alone, and sums over chunks run in order, so results do not depend on
-// the number of threads. The nanoseconds per element are rough; they only decide whether to share the work.
+// the number of threads. The nanoseconds per element are rough; they only set the length of a chunk and whether
+// an op is worth sharing.
 #include "../adam.cuh"
 #include "../batch.cuh"
 #include "../bias_act.cuh"
