@@ -123,8 +123,8 @@ def _pointer(array):
     return np.uintp(0) if array is None else array
 
 
-def empty(shape, dtype=np.float32, like=None):
-    """An uninitialised array on the device of `like`: the allocation that ops.py uses for results."""
+def empty(shape, dtype=np.float32):
+    """An uninitialised array on the current device: what ops.py writes results into."""
     return _cupy().empty(shape, dtype)
 
 

@@ -150,6 +150,6 @@ def gather_batch(images, labels, index, affine, out_x, out_y, side, mean, scale,
     )  # fmt: skip
 
 
-def empty(shape, dtype=np.float32, like=None):
-    """An uninitialised array beside `like`: the allocation that ops.py uses for results."""
+def empty(shape, dtype=np.float32):
+    """An uninitialised array: what ops.py writes results into."""
     return np.empty(shape, dtype)

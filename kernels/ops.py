@@ -49,6 +49,14 @@ def _backend(name, array):
     raise TypeError(f"{name} must be a NumPy, CuPy or torch array, got {type(array).__name__}")
 
 
+def _output(backend, name, array, like, dtype, *shape):
+    """The array to write a result into: the caller's, checked, or a new one."""
+    if array is None:
+        return backend.empty(shape, dtype)
+    check_output(name, array, like, dtype, *shape)
+    return array
+
+
 @accepts_torch
 def bias_act(z, bias, activation="relu", out=None):
     """act(z + bias): z (B, N), bias (N,) -> (B, N). `out` may be z.
@@ -60,10 +68,7 @@ def bias_act(z, bias, activation="relu", out=None):
     check("z", z, z, FLOAT32, None, None)
     check("bias", bias, z, FLOAT32, z.shape[1])
     check_activation(activation)
-    if out is None:
-        out = backend.empty(z.shape, like=z)
-    else:
-        check_output("out", out, z, FLOAT32, *z.shape)
+    out = _output(backend, "out", out, z, FLOAT32, *z.shape)
     backend.bias_act(z, bias, activation, out)
     return out
 
@@ -81,14 +86,8 @@ def bias_act_backward(dy, saved, activation="relu", bias=None, out=None, bias_gr
     check_activation(activation)
     if bias is not None:
         check("bias", bias, dy, FLOAT32, dy.shape[1])
-    if out is None:
-        out = backend.empty(dy.shape, like=dy)
-    else:
-        check_output("out", out, dy, FLOAT32, *dy.shape)
-    if bias_grad is None:
-        bias_grad = backend.empty(dy.shape[1:], like=dy)
-    else:
-        check_output("bias_grad", bias_grad, dy, FLOAT32, dy.shape[1])
+    out = _output(backend, "out", out, dy, FLOAT32, *dy.shape)
+    bias_grad = _output(backend, "bias_grad", bias_grad, dy, FLOAT32, dy.shape[1])
     backend.bias_act_backward(dy, saved, bias, activation, out, bias_grad)
     return out, bias_grad
 
@@ -113,13 +112,10 @@ def softmax_cross_entropy(logits, labels, scale=None, out=None, totals=None):
         scale = 1.0 / B if B else math.nan
     else:
         check_number("scale", scale)
-    if out is None:
-        out = backend.empty(logits.shape, like=logits)
-    else:
-        check_output("out", out, logits, FLOAT32, B, C)
+    out = _output(backend, "out", out, logits, FLOAT32, B, C)
     if totals is not None:
         check_output("totals", totals, logits, FLOAT64, 2)
-    loss = backend.empty((), like=logits)
+    loss = backend.empty(())
     backend.softmax_cross_entropy(logits, labels, scale, out, loss, totals)
     return loss, out
 
@@ -196,13 +192,7 @@ def gather_batch(
     check_number("seed", seed, 0, 2**64)
     if not isinstance(seed, numbers.Integral):
         raise TypeError(f"seed must be a whole number, got {type(seed).__name__}")
-    if out_x is None:
-        out_x = backend.empty((B, D), like=images)
-    else:
-        check_output("out_x", out_x, images, FLOAT32, B, D)
-    if out_y is None:
-        out_y = backend.empty((B,), INT32, like=images)
-    else:
-        check_output("out_y", out_y, images, INT32, B)
+    out_x = _output(backend, "out_x", out_x, images, FLOAT32, B, D)
+    out_y = _output(backend, "out_y", out_y, images, INT32, B)
     backend.gather_batch(images, labels, index, affine, out_x, out_y, side, mean, scale, noise_sigma, int(seed))
     return out_x, out_y

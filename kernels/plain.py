@@ -35,8 +35,12 @@ def _gelu_cdf(u):
     return 0.5 * (1.0 + _erf(u * math.sqrt(0.5)))
 
 
+def _gelu_tanh_argument(u):
+    return _ROOT_2_OVER_PI * (u + 0.044715 * u * u * u)
+
+
 def _gelu_tanh_cdf(xp, u):
-    return 0.5 * (1.0 + xp.tanh(_ROOT_2_OVER_PI * (u + 0.044715 * u * u * u)))
+    return 0.5 * (1.0 + xp.tanh(_gelu_tanh_argument(u)))
 
 
 _FORWARD = {
@@ -60,7 +64,7 @@ def _silu_slope(xp, u):
 
 
 def _gelu_tanh_slope(xp, u):
-    value, slope = _logistic(xp, 2.0 * _ROOT_2_OVER_PI * (u + 0.044715 * u * u * u))
+    value, slope = _logistic(xp, 2.0 * _gelu_tanh_argument(u))
     return value + u * slope * (2.0 * _ROOT_2_OVER_PI) * (1.0 + 3 * 0.044715 * u * u)
 
 

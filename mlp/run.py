@@ -79,10 +79,8 @@ def _finish(config, dataset, device, split, learner, history: History, folder: P
     val, test = learner.evaluate(split.val), learner.evaluate(split.test)
     noise = {sigma: learner.evaluate(split.test, sigma).accuracy if sigma else test.accuracy for sigma in NOISE_SIGMA}
     title = f"{config.model}{' fused' if config.fused else ''} on {dataset.name}"
-    with open(folder / "confusion.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["label \\ predicted", *dataset.class_names])
-        writer.writerows([name, *row] for name, row in zip(dataset.class_names, test.confusion.tolist()))
+    labelled = ([name, *row] for name, row in zip(dataset.class_names, test.confusion.tolist()))
+    _write_csv(folder / "confusion.csv", ["label \\ predicted", *dataset.class_names], labelled)
     plots.training(folder / "training.png", history.rows, history.best_epoch, title)
     plots.confusion(
         folder / "confusion.png", test.confusion, dataset.class_names, f"{title}: test accuracy {test.accuracy:.2%}"
@@ -165,7 +163,12 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def _write_history(folder: Path, rows: list[EpochRow]) -> None:
-    with open(folder / "history.csv", "w", newline="") as file:
+    names = [field.name for field in fields(EpochRow)]
+    _write_csv(folder / "history.csv", names, ([getattr(row, name) for name in names] for row in rows))
+
+
+def _write_csv(path: Path, header, rows) -> None:
+    with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([field.name for field in fields(EpochRow)])
-        writer.writerows([getattr(row, field.name) for field in fields(EpochRow)] for row in rows)
+        writer.writerow(header)
+        writer.writerows(rows)

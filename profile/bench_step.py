@@ -45,7 +45,7 @@ def synthetic_data() -> Dataset:
 
 
 def scratch_step(config, data, device):
-    """A function that trains on the k-th batch, and one that waits for the device."""
+    """A function that trains on the k-th batch."""
     learner = ScratchLearner(config, data, device, IMAGES)
     learner.begin_epoch(np.random.default_rng(1).permutation(IMAGES).astype(np.int32))
     batch = config.batch_size

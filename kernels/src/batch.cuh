@@ -72,10 +72,12 @@ DEVICE float warped_pixel(const unsigned char* image, const float* a, int d, int
 
 DEVICE float normalise(float p, const GatherSettings& s) { return (p - s.mean) * s.scale; }
 
+DEVICE bool is_image(index_t source, index_t M) { return source >= 0 && source < M; }
+
 // The up to 4 pixels from d on of one row of the batch. `affine` is the row's matrix or null.
 DEVICE void gather_quad(const GatherSettings& s, const unsigned char* images, index_t source, const float* affine,
                         float* x, int d) {
-  if (source < 0 || source >= s.M) {
+  if (!is_image(source, s.M)) {
     for (int k = 0; k < 4 && d + k < s.D; ++k) x[d + k] = not_a_number();
     return;
   }
@@ -95,7 +97,7 @@ DEVICE void gather_quad(const GatherSettings& s, const unsigned char* images, in
 }
 
 DEVICE int gather_label(const int* labels, index_t source, index_t M) {
-  return source >= 0 && source < M ? labels[source] : -1;
+  return is_image(source, M) ? labels[source] : -1;
 }
 
 #ifdef __CUDACC__

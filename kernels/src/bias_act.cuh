@@ -73,8 +73,7 @@ template <class Act> DEVICE void bias_act_rows(Rows rows, const float* z, const 
   });
 }
 
-// One element of the backward pass: writes dz where it is wanted and returns it. `shift` is the bias that
-// is still missing from saved.
+// dz of one element. `shift` is the bias that is still missing from saved.
 template <class Act> DEVICE float bias_act_backward_element(float dy, float saved, float shift) {
   return Act::backward(dy, saved + shift);
 }

@@ -137,11 +137,11 @@ EXPORT void gather(const unsigned char* images, const int* labels, const int* in
   over_rows(RowChunks(B, D, cost), [&](index_t, Rows rows) {
     for (index_t b = rows.begin; b < rows.end; ++b) {
       const index_t source = index[b], ahead = b + 2 < B ? index[b + 2] : -1;
-      if (ahead >= 0 && ahead < M)  // rows lie anywhere in the data set: fetch the one after the next
+      if (is_image(ahead, M))  // rows lie anywhere in the data set: fetch the one after the next
         for (int d = 0; d < D; d += 64) __builtin_prefetch(images + ahead * D + d);
       float* const row = x + b * D;
       y[b] = gather_label(labels, source, M);
-      if (source < 0 || source >= M || affine || noise_sigma != 0.0f) {
+      if (!is_image(source, M) || affine || noise_sigma != 0.0f) {
         for (int d = 0; d < D; d += 4) gather_quad(settings, images, source, affine ? affine + 6 * b : nullptr, row, d);
         continue;
       }
