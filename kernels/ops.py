@@ -38,14 +38,14 @@ def _host():
 
 
 def _backend(name, array):
-    """The module that holds the compiled ops for this kind of array."""
+    """What holds the compiled ops for this kind of array."""
     if isinstance(array, np.ndarray):
         return _host()
     if is_cupy(array):
         from . import cuda
 
         cuda.check_device(name, array)
-        return cuda
+        return cuda.ops
     raise TypeError(f"{name} must be a NumPy, CuPy or torch array, got {type(array).__name__}")
 
 

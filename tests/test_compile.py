@@ -1,4 +1,4 @@
-"""The GPU kernels compile, without a warning, for every architecture, and take what cuda.py passes.
+"""The GPU kernels compile, without a warning, for every architecture, and take what launches.py passes.
 
 NVRTC needs no GPU and no driver, so all of this runs on any machine that has CuPy and NVRTC installed.
 """
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kernels import ACTIVATIONS, cuda, elementwise, source
+from kernels.launches import Launches
 
 OPTIONS = cuda.OPTIONS + cuda.CUPY_OPTIONS
 
@@ -73,58 +74,63 @@ def test_module_text_is_complete():
         assert text.splitlines().count(first) == 1, header.name
 
 
-class _Launch:
-    """Stands for a kernel: keeps what it is launched with."""
+class _Recorder:
+    """A device whose kernels only record what they are launched with."""
 
-    def __init__(self, name, launches):
-        self.name, self.launches = name, launches
+    def __init__(self):
+        self.launches = []
 
-    def __call__(self, grid, block, args):
-        self.launches.append((self.name, grid, block, args))
+    def function(self, name):
+        return lambda grid, block, args: self.launches.append((name, grid, block, args))
 
+    def multiprocessors(self):
+        return 132
 
-@pytest.fixture
-def launches(monkeypatch):
-    """kernels.cuda on NumPy arrays, with kernels that only record their launches."""
-    pytest.importorskip("cupy", reason="CuPy is not installed")
-    recorded = []
-    monkeypatch.setattr(cuda, "_function", lambda name: _Launch(name, recorded))
-    monkeypatch.setattr(cuda, "multiprocessors", lambda: 132)
-    monkeypatch.setattr(cuda, "empty", lambda shape, dtype=np.float32, like=None: np.empty(shape, dtype))
-    monkeypatch.setattr(cuda, "_counters", lambda count: np.zeros(count, np.uint32))
-    return recorded
+    def counters(self, count):
+        return np.zeros(count, np.uint32)
+
+    empty = staticmethod(np.empty)
+
+    def is_array(self, value):
+        return isinstance(value, np.ndarray)
 
 
 _PTX_TYPES = {np.int64: {"u64", "s64", "b64"}, np.uintp: {"u64", "b64"}, np.int32: {"u32", "s32", "b32"},
               np.uint32: {"u32", "b32"}, np.float32: {"f32"}}  # fmt: skip
 
 
-def _launch_every_kernel():
+@functools.cache
+def _launches():
+    """Launches of every kernel, with and without the optional arguments."""
+
     def f(*shape):
         return np.zeros(shape, np.float32)
 
+    device = _Recorder()
+    ops = Launches(device)
     for activation in ACTIVATIONS:
-        cuda.bias_act(f(1000, 400), f(400), activation, f(1000, 400))
+        ops.bias_act(f(1000, 400), f(400), activation, f(1000, 400))
         for bias in (None, f(400)):
-            cuda.bias_act_backward(f(1000, 400), f(1000, 400), bias, activation, f(1000, 400), f(400))
-        cuda.bias_act_backward(f(2, 4), f(2, 4), None, activation, f(2, 4), f(4))
+            ops.bias_act_backward(f(1000, 400), f(1000, 400), bias, activation, f(1000, 400), f(400))
+        ops.bias_act_backward(f(2, 4), f(2, 4), None, activation, f(2, 4), f(4))
     for C in (1, 32, 33, 47, 100, 200, 500, 1000, 1025):
         for totals in (None, np.zeros(2)):
-            cuda.softmax_cross_entropy(f(8, C), np.zeros(8, np.int32), 0.1, f(8, C), f(), totals)
-    cuda.adam_step(f(9), f(9), f(9), f(9), 1, 0.1, 0.9, 0.999, 1e-8, 0.0, True)
-    cuda.sgd_step(f(9), f(9), None, 0.1, 0.0, 0.0)
-    cuda.sgd_step(f(9), f(9), f(9), 0.1, 0.9, 0.0)
+            ops.softmax_cross_entropy(f(8, C), np.zeros(8, np.int32), 0.1, f(8, C), f(), totals)
+    for step, lr in ((1, 0.1), (f(), f())):
+        ops.adam_step(f(9), f(9), f(9), f(9), step, lr, 0.9, 0.999, 1e-8, 0.0, True)
+    for velocity in (None, f(9)):
+        ops.sgd_step(f(9), f(9), velocity, 0.1, 0.0, 0.0)
     images, labels = np.zeros((5, 9), np.uint8), np.zeros(5, np.int32)
     for affine in (None, f(4, 2, 3)):
-        cuda.gather_batch(
+        ops.gather_batch(
             images, labels, labels[:4], affine, f(4, 9), labels[:4], 3, 0.0, 1.0, 0.0, 2**64 - 1
         )
+    return device.launches
 
 
-def test_every_launch_fits_its_kernel(launches):
+def test_every_launch_fits_its_kernel():
     """The number and the kinds of the arguments; a Python number would be passed as 8 bytes."""
-    _launch_every_kernel()
-    for name, _, _, args in launches:
+    for name, _, _, args in _launches():
         parameters = _entry_points()[name]
         assert len(args) == len(parameters), name
         for position, (argument, ptx) in enumerate(zip(args, parameters, strict=True)):
@@ -132,10 +138,9 @@ def test_every_launch_fits_its_kernel(launches):
             assert ptx in kinds, f"{name}, argument {position}: {type(argument).__name__} for .{ptx}"
 
 
-def test_every_kernel_is_launched(launches):
+def test_every_kernel_is_launched():
     """No entry point that nothing uses."""
-    _launch_every_kernel()
-    assert {name for name, *_ in launches} == set(_entry_points())
+    assert {name for name, *_ in _launches()} == set(_entry_points())
 
 
 @functools.cache

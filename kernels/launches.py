@@ -1,0 +1,111 @@
+"""The kernels' launches: which kernel, grid, block, scratch memory and arguments, on any device that executes them.
+
+Launch shapes are pure functions of the problem and the number of multiprocessors, so that they are tested, and
+used to execute the kernels thread by thread, without a GPU. Arguments arrive checked by ops.py.
+"""
+
+import numpy as np
+
+THREADS = 256
+TILE_COLUMNS, TILE_ROWS = 128, 8  # bias_act_backward; the same numbers as in bias_act.cuh
+REGISTER_ROWS = (1, 2, 4, 8, 16, 32)  # softmax_xent_<n> holds rows of up to 32 n classes in registers
+_MAX_GRID_Y = 65535
+
+
+def _divide_up(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def flat_shape(elements: int, multiprocessors: int) -> tuple[tuple, tuple]:
+    """Grid and block for a grid-stride loop over `elements` in packs of 4: at most 4 waves of full occupancy."""
+    blocks = _divide_up(_divide_up(elements, 4), THREADS)
+    return (max(1, min(blocks, 32 * multiprocessors)),), (THREADS,)
+
+
+def tile_shape(B: int, N: int, multiprocessors: int) -> tuple[tuple, tuple]:
+    """Grid and block for column sums of (B, N): column tiles x row blocks, about 4 blocks per multiprocessor."""
+    tiles = max(1, _divide_up(N, TILE_COLUMNS))
+    row_blocks = min(_divide_up(B, TILE_ROWS), _divide_up(4 * multiprocessors, tiles), _MAX_GRID_Y)
+    return (tiles, max(1, row_blocks)), (TILE_COLUMNS // 4, TILE_ROWS)
+
+
+def row_shape(B: int, multiprocessors: int) -> tuple[tuple, tuple]:
+    """Grid and block for one warp per row: at most one wave of full occupancy."""
+    return (max(1, min(_divide_up(B, THREADS // 32), 8 * multiprocessors)),), (THREADS,)
+
+
+def softmax_kernel(C: int) -> str:
+    """The name of the softmax kernel whose registers hold C classes, or of the one that needs none."""
+    return f"softmax_xent_{next((items for items in REGISTER_ROWS if C <= 32 * items), 0)}"
+
+
+def _pointer(array):
+    """A kernel argument for an array that may be None."""
+    return np.uintp(0) if array is None else array
+
+
+class Launches:
+    """The ops on a device: `function(name)` is called with grid, block and arguments, `multiprocessors()` is their
+    number, `empty(shape, dtype)` an uninitialised array, `counters(count)` zeros that the kernels leave zero, and
+    `is_array(value)` tells its arrays from numbers."""
+
+    def __init__(self, device):
+        self._device = device
+        self.empty = device.empty
+
+    def bias_act(self, z, bias, activation, y):
+        grid, block = flat_shape(z.size, self._device.multiprocessors())
+        args = z, bias, y, np.int64(z.shape[0]), np.int64(z.shape[1])
+        self._device.function(f"bias_act_{activation}")(grid, block, args)
+
+    def bias_act_backward(self, dy, saved, bias, activation, dz, dbias):
+        B, N = dy.shape
+        grid, block = tile_shape(B, N, self._device.multiprocessors())
+        partial = self.empty((grid[1], N)) if grid[1] > 1 else None
+        unchanged = activation == "identity" and dz is dy  # only the column sums are wanted
+        self._device.function(f"bias_act_backward_{activation}")(
+            grid, block,
+            (dy, saved, _pointer(bias), _pointer(None if unchanged else dz), dbias, _pointer(partial),
+             self._device.counters(grid[0]), np.int64(B), np.int64(N)),
+        )  # fmt: skip
+
+    def softmax_cross_entropy(self, logits, labels, scale, dlogits, loss, totals):
+        B, C = logits.shape
+        grid, block = row_shape(B, self._device.multiprocessors())
+        self._device.function(softmax_kernel(C))(
+            grid, block,
+            (logits, labels, dlogits, loss, _pointer(totals), self.empty((grid[0], 2)), self._device.counters(1),
+             np.int64(B), np.int32(C), np.float32(scale)),
+        )  # fmt: skip
+
+    def _scalar(self, value):
+        """(value, pointer) for a scalar that is a number, or an array whose element the kernel reads."""
+        if self._device.is_array(value):
+            return np.float32(0), value
+        return np.float32(value), np.uintp(0)
+
+    def adam_step(self, p, g, m, v, step, lr, beta1, beta2, eps, weight_decay, decoupled):
+        grid, block = flat_shape(p.size, self._device.multiprocessors())
+        self._device.function("adam")(
+            grid, block,
+            (p, g, m, v, np.int64(p.size), *self._scalar(step), *self._scalar(lr), np.float32(1.0 - beta1),
+             np.float32(1.0 - beta2), np.float32(eps), np.float32(weight_decay), np.int32(decoupled)),
+        )  # fmt: skip
+
+    def sgd_step(self, p, g, velocity, lr, momentum, weight_decay):
+        grid, block = flat_shape(p.size, self._device.multiprocessors())
+        self._device.function("sgd")(
+            grid, block,
+            (p, g, _pointer(velocity), np.int64(p.size), *self._scalar(lr), np.float32(momentum),
+             np.float32(weight_decay)),
+        )  # fmt: skip
+
+    def gather_batch(self, images, labels, index, affine, out_x, out_y, side, mean, scale, noise_sigma, seed):
+        M, D = images.shape
+        grid, block = flat_shape(index.size * 4 * _divide_up(D, 4), self._device.multiprocessors())
+        self._device.function("gather")(
+            grid, block,
+            (images, labels, index, _pointer(affine), out_x, out_y, np.int64(index.size), np.int64(M), np.int32(D),
+             np.int32(side), np.float32(mean), np.float32(scale), np.float32(noise_sigma),
+             np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32)),
+        )  # fmt: skip
