@@ -56,9 +56,13 @@ def _run(command: list) -> None:
         raise BackendError(f"`{' '.join(map(str, command))}` failed:\n{result.stdout}{result.stderr}")
 
 
+def _program(sanitizer: str) -> str:
+    return f"simt-{sanitizer}" if sanitizer else "simt"
+
+
 @functools.cache
-def build(cuda_source: Path = MODULE) -> Path:
-    """Compile the runners of a CUDA source where it has changed -> the folder that holds them."""
+def build(cuda_source: Path = MODULE, sanitizer: str = "") -> Path:
+    """Compile the runner of a CUDA source where it has changed -> the folder that holds it."""
     cmake, ninja = _tool("cmake"), _tool("ninja")
     if cmake is None or not (_ROOT / "CMakeLists.txt").exists():
         raise BackendError("building the SIMT runners needs CMake and a checkout of the project")
@@ -66,7 +70,7 @@ def build(cuda_source: Path = MODULE) -> Path:
     folder = _ROOT / "build" / "simt" / name
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     _run([cmake, "-S", _ROOT, "-B", folder, f"-DMLP_SIMT={cuda_source}", *generator])
-    _run([cmake, "--build", folder])
+    _run([cmake, "--build", folder, "--target", _program(sanitizer)])
     return folder
 
 
@@ -90,9 +94,9 @@ class Runner:
         """sanitizer: "", thread, address or undefined; timeout: seconds that one launch may take."""
         if sanitizer and sanitizer not in SANITIZERS:
             raise ValueError(f"sanitizer must be one of {', '.join(SANITIZERS)}, got {sanitizer!r}")
-        folder = build(Path(cuda_source).resolve())
+        folder = build(Path(cuda_source).resolve(), sanitizer)
         prefix = _fixed_addresses() if sanitizer == "thread" else ()
-        self._command = [*prefix, folder / ("simt" + (f"-{sanitizer}" if sanitizer else ""))]
+        self._command = [*prefix, folder / _program(sanitizer)]
         self._timeout = timeout
         self._process = None
 

@@ -1,6 +1,6 @@
 # Runners that execute the kernels of one CUDA source on the host (simt.h), without and with sanitizers:
 #   cmake -S . -B build/simt -DMLP_SIMT=kernels/src/module.cu && cmake --build build/simt
-#     ->  build/simt/simt, simt-thread, simt-address, simt-undefined
+#     ->  build/simt/simt, simt-thread, simt-address, simt-undefined; each of them is a --target, too
 get_filename_component(simt_source ${MLP_SIMT} ABSOLUTE BASE_DIR ${CMAKE_SOURCE_DIR})
 set(simt_host ${CMAKE_CURRENT_LIST_DIR})
 
