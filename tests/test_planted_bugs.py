@@ -103,8 +103,9 @@ def test_a_store_out_of_bounds_is_noticed_without_a_sanitizer(runners):
     _caught(runners[""], "off_by_one", "wrote outside argument 1, at byte 200 of 200")
 
 
-def test_misaligned_vector_access(runners):
-    _caught(runners["undefined"], "misaligned", "runtime error: .*misaligned address")
+@pytest.mark.parametrize("flavour", ["", "undefined"])
+def test_misaligned_vector_access(runners, flavour):
+    _caught(runners[flavour], "misaligned", "runtime error: .*misaligned address")
 
 
 def test_overflow(runners):
