@@ -13,7 +13,7 @@ import numpy as np
 WIDTHS = (1, 2, 3, 31, 32, 33, 47, 48, 127, 400, 1023)  # around the warp, the pack of 4 and the tile of 128
 ROWS = (0, 1, 2, 511, 512, 513)
 SHAPES = [(B, N) for B in ROWS for N in WIDTHS]
-FEW_SHAPES = [(0, 1), (0, 47), (1, 1), (1, 400), (2, 3), (3, 1023), (9, 127), (17, 48), (33, 31), (33, 33), (65, 32), (513, 2)]
+FEW_SHAPES = [(0, 1), (0, 47), (1, 1), (1, 400), (2, 3), (3, 1023), (9, 1), (9, 127), (17, 48), (33, 31), (33, 33), (65, 32), (513, 2)]
 OFFSETS = (0, 1)  # elements past an aligned address: 1 rules out 16-byte accesses
 
 EPS = 2.0**-24
@@ -21,6 +21,11 @@ ELEMENTWISE = 1e-6  # about 16 roundings: a formula with an exponential, and no 
 REDUCTION = 1e-5
 
 _PAD, _SENTINEL = 64, 12345  # elements beside an output, and what they hold
+
+
+def one_misaligned(count: int) -> list[tuple]:
+    """Offsets for `count` arrays, one of which rules out 16-byte accesses: it starts on 4 or on 8 bytes."""
+    return [tuple(past if k == array else 0 for k in range(count)) for array in range(count) for past in (1, 2)]
 
 
 def to_numpy(array) -> np.ndarray:

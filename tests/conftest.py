@@ -87,6 +87,20 @@ def form(request) -> Backend:
 
 
 @pytest.fixture
+def simt_launches():
+    """Makes the launches of kernels/launches.py on a SIMT device: simt_launches(sanitizer, multiprocessors=0)."""
+    runners = []
+
+    def make(sanitizer: str = "", **settings):
+        runners.append(simt.Runner(sanitizer=sanitizer))
+        return simt.Device(runners[-1], **settings).ops
+
+    yield make
+    for runner in runners:
+        runner.close()
+
+
+@pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(2024)
 

@@ -9,7 +9,7 @@ from scipy.special import expit, ndtr
 import kernels
 from kernels import ACTIVATIONS, plain
 
-from .checks import ELEMENTWISE, EPS, OFFSETS, REDUCTION, assert_close
+from .checks import ELEMENTWISE, EPS, OFFSETS, REDUCTION, assert_close, one_misaligned
 
 _TANH = np.sqrt(2.0 / np.pi)
 
@@ -116,6 +116,52 @@ def test_in_place(form, rng, activation):
         )
         assert dz is gradient
         _assert_gradients(dz, dbias, dy, (z + bias).astype(np.float64), activation)
+
+
+def test_one_misaligned_array_rules_out_packs(form, rng):
+    z, bias, dy = (rng.normal(0, 3, shape).astype(np.float32) for shape in ((9, 48), 48, (9, 48)))
+    u = (z + bias).astype(np.float64)
+    for z_at, out_at in one_misaligned(2):
+        out, intact = form.outputs(9, 48, offset=out_at)
+        form.ops.bias_act(form.array(z, offset=z_at), form.array(bias), "silu", out=out)
+        assert_close(out, VALUE["silu"](u), ELEMENTWISE, magnitude=np.abs(u))
+        intact()
+    for dy_at, z_at, out_at in one_misaligned(3):
+        out, intact = form.outputs(9, 48, offset=out_at)
+        args = form.array(dy, offset=dy_at), form.array(z, offset=z_at), "silu", form.array(bias)
+        _, dbias = form.ops.bias_act_backward(*args, out=out)
+        _assert_gradients(out, dbias, dy, u, "silu")
+        intact()
+
+
+def test_no_columns(form):
+    for B in (0, 5):
+        z, bias = form.array(np.zeros((B, 0))), form.array(np.zeros(0))
+        assert form.ops.bias_act(z, bias, "relu").shape == (B, 0)
+        dz, dbias = form.ops.bias_act_backward(z, z, "relu", bias)
+        assert dz.shape == (B, 0) and dbias.shape == (0,)
+
+
+@pytest.mark.parametrize("multiprocessors, seed", [(0, 0), (9, 0), (9, 1), (9, 2)])
+def test_simt_few_and_many_blocks(simt_launches, rng, multiprocessors, seed):
+    """On a GPU of 0 multiprocessors one block does everything, in several passes; on one of 9 a last block adds
+    more partial sums than it has row groups, in one column tile and in three. Blocks and threads in several orders.
+    """
+    ops = simt_launches(multiprocessors=multiprocessors, seed=seed)
+    for B, N in [(100, 47), (70, 300), (33, 401)]:
+        z, dy, y = (rng.normal(0, 3, (B, N)).astype(np.float32) for _ in range(3))
+        bias, dbias = rng.normal(0, 3, N).astype(np.float32), np.full(N, np.nan, np.float32)
+        ops.bias_act(z, bias, "leaky_relu", y)
+        assert_close(y, VALUE["leaky_relu"](z.astype(np.float64) + bias), RTOL["leaky_relu"], magnitude=np.abs(z + bias))
+        ops.bias_act_backward(dy, z, bias, "leaky_relu", y, dbias)
+        _assert_gradients(y, dbias, dy, (z + bias).astype(np.float64), "leaky_relu")
+
+
+def test_simt_no_column_is_read_past_the_bias(simt_launches, rng):
+    z, dy, dz = (rng.normal(0, 3, (3, 33)).astype(np.float32) for _ in range(3))
+    bias, dbias = rng.normal(0, 3, 33).astype(np.float32), np.full(33, np.nan, np.float32)
+    simt_launches("address").bias_act_backward(dy, z, bias, "relu", dz, dbias)
+    _assert_gradients(dz, dbias, dy, (z + bias).astype(np.float64), "relu")
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu", "leaky_relu"])

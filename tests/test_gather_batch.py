@@ -77,6 +77,15 @@ def test_awkward_shapes(form, rng):
             y_intact()
 
 
+def test_simt_nothing_is_read_past_the_images(simt_launches, rng):
+    ops = simt_launches("address")
+    for D in (1, 9):
+        images, labels = _data(rng, 3, D)
+        index, x, y = np.array([2, 0], np.int32), np.full((2, D), np.nan, np.float32), np.full(2, -7, np.int32)
+        ops.gather_batch(images, labels, index, None, x, y, 1, 0.0, 1.0, 0.0, 0)
+        assert_close(x, images[index] / 255.0, ELEMENTWISE)
+
+
 @pytest.mark.parametrize("settings", [{}, dict(noise_sigma=0.5, seed=3)], ids=["clean", "noisy"])
 def test_large_batch(backend, rng, settings):
     """Enough work for the CPU to share among threads."""
@@ -122,6 +131,14 @@ def test_noise_is_the_published_generator(form, rng):
             x, _ = form.ops.gather_batch(*arrays, mean=0.25, scale=2.0, noise_sigma=0.5, seed=seed)
             expected = (images[index] / 255.0 + 0.5 * reference_noise(index, D, seed) - 0.25) * 2.0
             assert_close(x, expected, 2 * ELEMENTWISE, atol=NOISE, magnitude=np.abs(expected) + 1.0)
+
+
+def test_noise_of_the_smallest_uniform_number(form):
+    """Under this seed pixel 0 of image 0 draws 23 zero bits, whose logarithm must not be taken."""
+    arrays = _arrays(form, np.zeros((1, 4), np.uint8), [0], [0])
+    x = to_numpy(form.ops.gather_batch(*arrays, noise_sigma=1.0, seed=75465)[0])
+    assert_close(x, reference_noise([0], 4, 75465), ELEMENTWISE, atol=NOISE)
+    assert_close(np.hypot(x[0, 0], x[0, 1]), np.sqrt(-2 * np.log(2.0**-24)), ELEMENTWISE)
 
 
 def test_noise_does_not_depend_on_the_batch(backend, rng):

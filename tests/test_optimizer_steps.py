@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from .checks import ELEMENTWISE, EPS, OFFSETS, assert_close, assert_same_bits, to_numpy
+from .checks import ELEMENTWISE, EPS, OFFSETS, assert_close, assert_same_bits, one_misaligned, to_numpy
 
 SIZES = (0, 1, 2, 3, 4, 5, 31, 32, 33, 47, 127, 1023, 8191, 8193, 32_769)  # 8192: a chunk of the CPU
 LARGE = 1_500_001  # shared among the CPU's threads
@@ -174,6 +174,44 @@ def test_sgd_reads_the_learning_rate_from_an_array(backend, rng, shape):
     lr = backend.array(0.25).reshape(shape)
     backend.ops.sgd_step(b, backend.array(g), backend.array(u), lr=lr, momentum=0.9)
     assert_same_bits(a, b)
+
+
+def test_one_misaligned_array_rules_out_packs(form, rng):
+    state = rng.random((4, 47)).astype(np.float32)
+
+    def step(op, offsets, settings):
+        arrays = [form.array(x, offset=at) for x, at in zip(state, offsets, strict=False)]
+        op(*arrays, **settings)
+        return arrays
+
+    for op, count, settings in [
+        (form.ops.adam_step, 4, dict(step=2, lr=0.1)),
+        (form.ops.sgd_step, 3, dict(lr=0.1)),
+        (form.ops.sgd_step, 2, dict(lr=0.1)),
+    ]:
+        expected = step(op, [0] * count, settings)
+        for offsets in one_misaligned(count):
+            for a, b in zip(step(op, offsets, settings), expected, strict=True):
+                assert_close(a, to_numpy(b), ELEMENTWISE)
+
+
+def test_simt_one_block_and_numbers_on_the_device(simt_launches, rng):
+    """On a GPU of 0 multiprocessors one block does everything, in several passes."""
+    ops = simt_launches(multiprocessors=0)
+    step, lr = np.array(5, np.float32), np.array(0.25, np.float32)
+    start = rng.random((4, 3003)).astype(np.float32)
+    arrays = [x.copy() for x in start]
+    ops.adam_step(*arrays, step, lr, 0.9, 0.999, 1e-8, 0.1, True)
+    expected, bounds = adam(*start, step=5, lr=0.25, weight_decay=0.1, decoupled=True)
+    for actual, reference, bound in zip((arrays[0], *arrays[2:]), expected, bounds, strict=True):
+        assert_close(actual, reference, 1.0, magnitude=bound)
+    for with_velocity in (True, False):
+        p, g, velocity, _ = (x.copy() for x in start)
+        momentum = 0.9 if with_velocity else 0.0
+        ops.sgd_step(p, g, velocity if with_velocity else None, lr, momentum, 0.1)
+        expected, bounds = sgd(*start[:3], lr=0.25, momentum=momentum, weight_decay=0.1)
+        for actual, reference, bound in zip((p, velocity)[: 1 + with_velocity], expected, bounds, strict=False):
+            assert_close(actual, reference, 1.0, magnitude=bound)
 
 
 def _torch_trajectory(torch, optimizer, p, gradients):

@@ -82,6 +82,27 @@ def test_in_place(form, rng):
         _assert_dlogits(form, dlogits, expected, softmax, 1.0 / B)
 
 
+def test_simt_in_place_without_a_race(simt_launches, rng):
+    """The lane that has the label's column must not write before the others have read it."""
+    ops = simt_launches("thread")
+    for C in (47, 1100):
+        logits, labels = _inputs(rng, 3, C)
+        losses = reference(logits, labels, 1.0)[0]
+        loss = np.full((), np.nan, np.float32)
+        ops.softmax_cross_entropy(logits, labels, 1.0, logits, loss, None)
+        _assert_sum(loss, losses)
+
+
+def test_simt_more_blocks_than_the_last_one_has_threads(simt_launches, rng):
+    """258 blocks: two of the last block's threads add two partial sums each."""
+    logits, labels = _inputs(rng, 8 * 257 + 1, 2)
+    losses, _, _, right = reference(logits, labels, 1.0)
+    loss, totals = np.full((), np.nan, np.float32), np.zeros(2)
+    simt_launches(multiprocessors=33).softmax_cross_entropy(logits, labels, 1.0, logits, loss, totals)
+    _assert_sum(loss, losses)
+    assert totals[1] == right
+
+
 @pytest.mark.parametrize("shape", [(20_000, 47), (3000, 400)])
 def test_large_batch(backend, rng, shape):
     """Enough work for the CPU to share among threads, and for several waves of blocks on a GPU."""
@@ -111,6 +132,34 @@ def test_logits_of_ten_thousand_are_exact(form):
     exact = 20_000.0 + np.log(3.0) + np.log(2.0)
     assert_close(loss, exact, 2 * EPS)
     assert_close(totals, [exact, 1.0], 2 * EPS)
+
+
+@pytest.mark.parametrize("value", [1e4, -1e4, 3e7])
+def test_equal_logits_have_the_loss_of_a_guess(form, value):
+    """log 3, to the last digit: log(sum) + 1e4 - 1e4 would keep three digits of it."""
+    loss, _ = form.ops.softmax_cross_entropy(form.array([[value] * 3]), form.array([1], np.int32))
+    assert_close(loss, np.log(3.0), 2 * EPS)
+
+
+def test_probabilities_far_from_1_are_exact(form):
+    """exp(-x) / (1 + 2e-9), where CUDA promises 2 units in the last place of exp."""
+    x = np.linspace(20.0, 80.0, 5001, dtype=np.float32)
+    logits, labels = np.stack([0 * x, -x], axis=1), np.zeros(x.size)
+    _, dlogits = form.ops.softmax_cross_entropy(form.array(logits), form.array(labels, np.int32), scale=1.0)
+    exact = 1.0 / (1.0 + np.exp(x.astype(np.float64)))
+    assert_close(to_numpy(dlogits)[:, 1], exact, 4 * EPS)
+
+
+def test_a_million_equal_losses(backend):
+    """Equal terms are the worst case of a running float32 sum: its roundings all point the same way."""
+    B = 1_000_000
+    logits, totals = np.tile(np.array([0.3, 0.0], np.float32), (B, 1)), backend.array([0.0, 0.0], np.float64)
+    labels = backend.array(np.zeros(B), np.int32)
+    loss, _ = backend.ops.softmax_cross_entropy(backend.array(logits), labels, totals=totals)
+    exact = np.log1p(np.exp(-float(np.float32(0.3))))
+    assert_close(loss, exact, REDUCTION)
+    assert_close(totals[0], B * exact, REDUCTION)
+    assert int(totals[1]) == B
 
 
 @pytest.mark.parametrize("bad", [-1, 5, 6, 2**31 - 1, -(2**31)])
