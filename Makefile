@@ -1,7 +1,8 @@
 # From a bare machine with Python 3.11+ and a C++ compiler to a result:
 #   make train     environment, dependencies, host library, then: python train.py --model m1 --fused
 #   make test      environment, dependencies, host library, then the whole test suite
-# Others: make build | bench | clean.   ARGS="..." goes to train.py, pytest or the benchmark.
+#   make mutate    plants small faults in the kernels, which tests must notice (20 minutes on 2 cores)
+# Others: make build | bench | clean.   ARGS="..." goes to train.py, pytest, the benchmark or the mutation check.
 #   make CUPY=cupy-cuda13x ...   uses CuPy for CUDA 13;   make CUPY= ...   goes without CuPy
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ INSTALLED := $(VENV)/installed-$(or $(CUPY),without-cupy)
 LIBRARY := kernels/libkernels_host.so
 SOURCES := CMakeLists.txt $(wildcard kernels/src/*.* kernels/src/host/*.*)
 
-.PHONY: train test bench build clean
+.PHONY: train test bench mutate build clean
 .DELETE_ON_ERROR:
 
 train: build
@@ -23,6 +24,9 @@ test: build
 
 bench: build
 	$(BIN)/python profile/bench_step.py --device cpu $(ARGS)
+
+mutate: build
+	$(BIN)/python -m tests.mutations $(ARGS)
 
 build: $(LIBRARY)
 

@@ -1,0 +1,64 @@
+"""The mutation check: its list fits the sources, its last result is complete, and its verdicts mean what they say."""
+
+import csv
+
+import pytest
+
+from . import mutations
+from .mutations import BROKEN, CAUGHT, FIRST, LATE, RESULTS, ROOT, SURVIVED, UNSEEN, Mutation, Verdict
+
+ONE_TEST = "tests/test_bias_act.py::test_special_values"
+
+
+def test_every_mutation_applies_to_the_sources():
+    listed = mutations.mutations()
+    assert sum(not m.unseen for m in listed) >= 60
+    assert {m.file for m in listed if not m.unseen} == set(FIRST)
+    for m in listed:
+        text = (ROOT / m.file).read_text()
+        assert m.apply(text) != text and m.breaks
+        assert (ROOT / m.tests.split("::")[0]).exists(), f"{m.name}: {m.tests}"
+
+
+def test_a_mutation_that_does_not_apply_is_an_error():
+    for text in ("", "twice twice"):
+        with pytest.raises(ValueError, match="'twice' occurs . times, expected 1"):
+            Mutation("file", "name", "twice", "", "", "", "").apply(text)
+
+
+def test_the_last_result_is_of_this_list_and_all_are_caught():
+    """Where this fails: `make mutate`, and a test for each that survived."""
+    with open(RESULTS, newline="") as file:
+        assert file.readline().startswith("# 20")
+        found = {(row["file"], row["name"]): row for row in csv.DictReader(file)}
+    assert set(found) == {(m.file, m.name) for m in mutations.mutations()}
+    for m in mutations.mutations():
+        row = found[m.file, m.name]
+        assert row["verdict"] == (UNSEEN if m.unseen else CAUGHT), m.name
+        assert bool(row["test"]) == (not m.unseen), m.name
+
+
+def _relu(replace):
+    return Mutation("kernels/src/bias_act.cuh", "", "0.0f > u ? 0.0f : u", replace, "", ONE_TEST, "simt")
+
+
+def test_verdicts(tmp_path):
+    """On a copy without a mutation the test passes, so that it does not fail for another reason with one."""
+    tree = mutations.Tree(tmp_path)
+    tree.build("simt")
+    tree.test([ONE_TEST], "fused-simt-relu")
+    for replace, verdict, test in [
+        ("u > 0.0f ? u : 0.0f", CAUGHT, f"{ONE_TEST}[fused-simt-relu]"),
+        ("0.0f > u ? 0.0f + 0.0f : u", SURVIVED, ""),
+        ("0.0f > u ? 0.0f : unknown", BROKEN, ""),
+    ]:
+        found = tree.judge(_relu(replace), [ONE_TEST])
+        assert (found.verdict, found.test) == (verdict, test)
+    original = (ROOT / "kernels/src/bias_act.cuh").read_text()
+    assert (tmp_path / "kernels/src/bias_act.cuh").read_text() == original
+
+
+def test_what_takes_too_long_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(mutations, "SECONDS", 0.1)
+    with pytest.raises(Verdict, match=LATE):
+        mutations._run(tmp_path, ["sleep", "60"])
