@@ -13,6 +13,8 @@ import pytest
 from kernels import ACTIVATIONS, cuda, elementwise, source
 from kernels.launches import Launches
 
+from . import resources
+
 OPTIONS = cuda.OPTIONS + cuda.CUPY_OPTIONS
 
 
@@ -29,19 +31,20 @@ def _nvrtc():
     return nvrtc
 
 
+def _checked(compile, *args):
+    """What `compile` returns, its log last, which must hold no warning."""
+    _nvrtc()
+    try:
+        result = compile(*args)
+    except RuntimeError as error:
+        pytest.fail(str(error))
+    assert resources.warnings(result if isinstance(result, str) else result[-1]) == ""
+    return result
+
+
 def _compile(text, *options):
     """The PTX or cubin of `text`, which must compile without a warning."""
-    nvrtc = _nvrtc()
-    program = nvrtc.createProgram(text, "module.cu", (), ())
-    try:
-        try:
-            nvrtc.compileProgram(program, options)
-        except nvrtc.NVRTCError:
-            pytest.fail(nvrtc.getProgramLog(program))
-        assert nvrtc.getProgramLog(program).strip("\0\n ") == ""
-        return nvrtc.getPTX(program)
-    finally:
-        nvrtc.destroyProgram(program)
+    return _checked(resources.compile_nvrtc, text, *options)[0]
 
 
 @functools.cache
@@ -60,9 +63,23 @@ def test_a_warning_would_be_noticed():
         _compile('extern "C" __global__ void k() { unknown(); }', *OPTIONS, "-arch=sm_90")
 
 
+def _assert_within_budget(log, architectures):
+    """Every kernel is reported for every architecture, and none takes more than budget.toml allows."""
+    usages = resources.parse(log)
+    assert {(u.kernel, u.architecture) for u in usages} == {(k, a) for k in _entry_points() for a in architectures}
+    budgets = resources.budgets()
+    faults = [f for u in usages for f in resources.faults(u, budgets[resources.budget_name(u.kernel)])]
+    assert not faults, "\n".join(faults)
+
+
 @pytest.mark.parametrize("architecture", cuda.ARCHITECTURES)
 def test_module(architecture):
-    _compile(source.inlined("module.cu"), *OPTIONS, f"-arch=sm_{architecture}")
+    """Without a warning, and within the budget."""
+    known = _nvrtc().getSupportedArchs()
+    if architecture not in known:
+        pytest.skip(f"NVRTC {'.'.join(map(str, _nvrtc().getVersion()))} does not know sm_{architecture}")
+    log = _checked(resources.nvrtc_log, source.inlined("module.cu"), architecture)
+    _assert_within_budget(log, [architecture])
 
 
 def test_module_text_is_complete():
@@ -85,6 +102,9 @@ class _Recorder:
 
     def multiprocessors(self):
         return 132
+
+    def room(self):
+        return 8
 
     def counters(self, count):
         return np.zeros(count, np.uint32)
