@@ -100,9 +100,14 @@ def faults(usage: Usage, budget: dict) -> list[str]:
         "bytes of spill loads": (usage.spill_loads, 0),
     }
     where = f"{usage.kernel} on sm_{usage.architecture}"
-    found = [f"{where} uses {n} {what}, and budget.toml allows {most}" for what, (n, most) in bounds.items() if n > most]
-    if not found and usage.resident_blocks() < blocks:
-        found = [f"{where} leaves room for {usage.resident_blocks()} resident blocks, and budget.toml counts on {blocks}"]
+    found = [
+        f"{where} uses {used} {what}, and budget.toml allows {most}"
+        for what, (used, most) in bounds.items()
+        if used > most
+    ]
+    resident = usage.resident_blocks()
+    if not found and resident < blocks:
+        found = [f"{where} leaves room for {resident} resident blocks, and budget.toml counts on {blocks}"]
     return found
 
 

@@ -1,4 +1,5 @@
-# Compiles module.cu ahead of time:  cmake -D NVCC=nvcc -D OUTPUT=/path/module.fatbin [-D ARCHITECTURES=80;90] -P fatbin.cmake
+# Compiles module.cu ahead of time:
+#   cmake -D NVCC=nvcc -D OUTPUT=/path/module.fatbin [-D ARCHITECTURES=80;90] -P fatbin.cmake
 #
 # Beside OUTPUT it writes OUTPUT.json: the hash of the sources, the options, the architectures and the hash of the
 # binary. kernels/cuda.py loads the binary only where all of these are what it expects.
