@@ -48,8 +48,11 @@ template <int W> DEVICE Pack<W> load(const float* p) {
 }
 
 template <int W> DEVICE void store(float* p, const Pack<W>& x) {
-  if constexpr (W == 4) *reinterpret_cast<float4*>(p) = make_float4(x.v[0], x.v[1], x.v[2], x.v[3]);
-  else UNROLL for (int k = 0; k < W; ++k) p[k] = x.v[k];
+  if constexpr (W == 4) {
+    *reinterpret_cast<float4*>(p) = make_float4(x.v[0], x.v[1], x.v[2], x.v[3]);
+  } else {  // in braces: to NVRTC 12.1 a pragma after `else` does not precede a statement
+    UNROLL for (int k = 0; k < W; ++k) p[k] = x.v[k];
+  }
 }
 
 DEVICE float infinity() { return __int_as_float(0x7f800000); }
