@@ -137,13 +137,12 @@ def cmake() -> str | None:
     return shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 
 
-def nvcc_log(folder: Path, *definitions: str) -> str:
+def nvcc_log(folder: Path) -> str:
     """nvcc's log, report included, of building folder/module.fatbin ahead of time as CMakeLists.txt does."""
-    script = source.DIRECTORY / "fatbin.cmake"
-    command = [cmake(), "-D", f"NVCC={shutil.which('nvcc')}", "-D", f"OUTPUT={folder / 'module.fatbin'}"]
+    definitions = [f"-DNVCC={shutil.which('nvcc')}", f"-DOUTPUT={folder / 'module.fatbin'}"]
     environment = os.environ | {"NVCC_APPEND_FLAGS": f"-Xptxas -v {os.environ.get('NVCC_APPEND_FLAGS', '')}"}
     result = subprocess.run(
-        [*command, *(f"-D{d}" for d in definitions), "-P", str(script)],
+        [cmake(), *definitions, "-P", str(source.DIRECTORY / "fatbin.cmake")],
         cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     if result.returncode:
