@@ -33,13 +33,13 @@ class SimtOps:
 
     def __init__(self, device: simt.Device):
         self.device = device
+        for name in kernels.__all__:
+            if callable(getattr(kernels, name)):
+                setattr(self, name, functools.partial(self._call, getattr(kernels, name)))
 
-    def __getattr__(self, name):
-        def call(*args, **settings):
-            with mock.patch.object(kernels.ops, "_host", lambda: self.device.ops):
-                return getattr(kernels, name)(*args, **settings)
-
-        return call
+    def _call(self, op, *args, **settings):
+        with mock.patch.object(kernels.ops, "_host", lambda: self.device.ops):
+            return op(*args, **settings)
 
 
 @functools.cache
