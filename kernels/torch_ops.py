@@ -7,7 +7,7 @@ ops are those of ops.py, which makes the checks: float32, contiguous, or a TypeE
 argument. The gradients have no derivative of their own: differentiating them raises RuntimeError.
 
 The ops are in torch.ops.fused_mlp. They are registered with `define` and `impl`, because the Python that
-`torch.library.custom_op` puts around a function takes 40 us per call, and this 5 (2-core AMD EPYC, torch 2.13).
+`torch.library.custom_op` puts around a function takes 45 us per call, and these 5 (2-core AMD EPYC, torch 2.13).
 """
 
 import functools
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import define, impl, register_autograd, register_fake
 
 from . import ops
 
@@ -24,17 +25,15 @@ def _op(name, schema, fake):
 
     def register(function):
         qualified = f"fused_mlp::{name}"
-        torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
-        torch.library.impl(qualified, "default", function)
-        torch.library.register_fake(qualified, fake)
+        define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
+        impl(qualified, "default", function)
+        register_fake(qualified, fake)
         return getattr(torch.ops.fused_mlp, name).default
 
     return register
 
 
 _like = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
-
-
 _OUTPUT_TELLS_SLOPE = ("relu", "leaky_relu")  # y, which the next layer keeps anyway, has the sign of z + bias
 
 
@@ -60,7 +59,7 @@ def _bias_act(z, bias, activation):
 )
 def _bias_act_backward(dy, saved, activation, bias):
     dy, bias = dy.detach(), None if bias is None else bias.detach()
-    dz, dbias = torch.empty_like(dy), dy.new_empty(dy.shape[-1])
+    dz, dbias = torch.empty_like(dy), dy.new_empty(dy.shape[-1:])
     return ops.bias_act_backward(dy, saved.detach(), activation, bias, out=dz, bias_grad=dbias)
 
 
@@ -126,13 +125,12 @@ def _no_second_derivative(ctx, *_):
     raise RuntimeError("the gradients of bias_act and softmax_cross_entropy cannot be differentiated again")
 
 
-_register_autograd = torch.library.register_autograd
-_register_autograd("fused_mlp::bias_act", _bias_act_gradients, setup_context=_keep_for_bias_act)
-_register_autograd("fused_mlp::bias_act_backward", _no_second_derivative)
-_register_autograd(
+register_autograd("fused_mlp::bias_act", _bias_act_gradients, setup_context=_keep_for_bias_act)
+register_autograd("fused_mlp::bias_act_backward", _no_second_derivative)
+register_autograd(
     "fused_mlp::softmax_cross_entropy", _softmax_cross_entropy_gradients, setup_context=_keep_for_softmax_cross_entropy
 )
-_register_autograd("fused_mlp::softmax_cross_entropy_backward", _no_second_derivative)
+register_autograd("fused_mlp::softmax_cross_entropy_backward", _no_second_derivative)
 
 
 def adam_step(p, g, m, v, *, step, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=False):
@@ -193,7 +191,7 @@ class _Arena:
             start, stop = stop, stop + size
             strides = torch.empty_like(p, device="meta").stride()  # channels_last, say, is kept
             data, gradient, *moments = (flat.as_strided(p.shape, strides, start) for flat in self.flat)
-            old = state[p]
+            old = state.get(p, {})
             for view, value in zip((data, *moments), (p, old.get("exp_avg"), old.get("exp_avg_sq"))):
                 if value is not None:
                     view.copy_(value)
@@ -212,6 +210,7 @@ class _Arena:
             for p, slot in zip(params, self.slots)
         )
 
+    @torch._disable_dynamo
     def step(self, group):
         """Adam on every parameter that has a gradient; neighbours with the same number of steps share a launch."""
         stepped = [(slot, grad) for slot in self.slots if (grad := slot.parameter.grad) is not None]
@@ -254,13 +253,13 @@ class FusedAdam(torch.optim.Optimizer):
 
     The parameters, gradients and moments of a group lie in four flat tensors. `p.data` becomes a view, so a view
     of p that was taken before keeps the old memory. What replaces p.data or the state later (module.to(),
-    an entry of `state`) is copied into new flat tensors by the next step. The state and state_dict()
-    are those of torch.optim.Adam, and either can load the other's.
+    an entry of `state`) is copied into new flat tensors by the next step. state_dict() is that of torch.optim.Adam,
+    and either can load the other's.
 
-    As in torch, a parameter without gradient is skipped; where others of the group have one, each stretch between
-    the skipped takes a launch. zero_grad() sets the gradients to None, and one multi-tensor copy per step brings
-    in the new ones. zero_grad(set_to_none=False) zeroes them by one fill, and autograd adds to the flat tensor:
-    no copy and no second set of gradients, but an addition per parameter.
+    As in torch, a parameter without gradient is skipped; the stretches between such parameters then take a launch
+    each. zero_grad() sets the gradients to None, and one multi-tensor copy per step brings in the new ones.
+    zero_grad(set_to_none=False) zeroes them by one fill, and autograd adds to the flat tensor: no copy and no
+    second set of gradients in memory, but an addition per parameter.
     """
 
     def __init__(
@@ -285,11 +284,12 @@ class FusedAdam(torch.optim.Optimizer):
         for index in range(len(self.param_groups)):
             self._arena(index)
 
+    @torch._disable_dynamo  # not torch.compiler.disable, which takes a second when this module is imported
     def _arena(self, index):
         """The group's arena, made anew if anything of the group is not in it."""
         group, arena = self.param_groups[index], self._arenas.get(index)
         if arena is None or not arena.holds(group["params"], self.state):
-            addresses = [p.data_ptr() for group in self.param_groups for p in group["params"] if p.numel()]
+            addresses = [a for each in self.param_groups for p in each["params"] if (a := p.data_ptr())]
             if len(set(addresses)) < len(addresses):
                 raise ValueError("params must not share memory, got two that do")
             if group.get("amsgrad") or group.get("maximize"):  # from another optimizer's state
