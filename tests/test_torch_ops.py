@@ -238,6 +238,28 @@ def test_a_loss_may_be_scaled_and_used_twice(device):
     assert_close(scaled, 3.0 * once, EPS)
 
 
+class _Recorder(TorchDispatchMode):
+    """The names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace != "profiler":
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_backward_pass_is_one_op_each():
+    z, bias, labels = torch.randn(4, 6, requires_grad=True), torch.randn(6, requires_grad=True), _labels(4, 6)
+    for output, inputs in ((bias_act(z, bias), (z, bias)), (softmax_cross_entropy(z, labels), (z,))):
+        with _Recorder() as recorder:
+            torch.autograd.grad(output, inputs, output.detach())
+        (name,) = (name for name in recorder.names if name != "aten.detach.default")  # a view, of saved tensors
+        assert re.fullmatch(r"fused_mlp\.\w+_backward\.default", name)
+
+
 @pytest.mark.parametrize(("activation", "count"), [("identity", 0), ("relu", 0), ("leaky_relu", 0), ("gelu", 1)])
 def test_memory_that_is_kept(activation, count):
     """Beside the result, which the next layer keeps, and the bias, one tensor at most."""
@@ -530,19 +552,6 @@ def test_zeroed_gradients_lie_in_one_tensor():
     assert all(p.grad is g for p, g in zip(params, grads)), "autograd adds in place"
 
 
-class _Recorder(TorchDispatchMode):
-    """The names of the operators that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace != "profiler":
-            self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 def test_one_launch_per_group(launches):
     """And nothing but it, or one copy of all gradients where autograd made new ones."""
     params = _parameters()
@@ -639,11 +648,14 @@ def test_replaced_parameters_and_state():
     for tensors, adam in ((params, optimizer), (references, reference)):
         _train(tensors, adam, [0, 1])
         tensors[0].data = 2 * tensors[0].data
-        adam.state[tensors[1]]["exp_avg"] = adam.state[tensors[1]]["exp_avg"] + 1
-        adam.state[tensors[4]]["exp_avg_sq"].zero_()
         _train(tensors, adam, [2])
+        for name in ("exp_avg", "exp_avg_sq"):  # one at a time: a change that is seen would bring in another
+            adam.state[tensors[1]][name] = adam.state[tensors[1]][name] + 1
+            _train(tensors, adam, [3])
+        adam.state[tensors[4]]["exp_avg_sq"].zero_()
+        _train(tensors, adam, [4])
         adam.state.clear()
-        _train(tensors, adam, [3, 4])
+        _train(tensors, adam, [5, 6])
     _assert_trained_alike(params, references, 1e-3)
     assert all(optimizer.state[p]["step"] == 2 for p in params)
 
@@ -721,6 +733,11 @@ def test_autograd_sees_that_parameters_change():
     (p * 1).sum().backward()
     loss = p.square().sum()
     optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    tensors = [torch.ones(3) for _ in range(4)]
+    loss = (p * tensors[0]).sum()
+    torch_ops.adam_step(*tensors, step=1, lr=0.1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
