@@ -167,7 +167,7 @@ def test_a_write_to_a_read_only_array_is_noticed(runners):
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_vocabulary(runners, flavour):
     """Shuffles, votes and indices give what the CUDA C++ Programming Guide says."""
-    y = np.full((2, 10, 32), -7, np.int32)
+    y = np.full((2, 11, 32), -7, np.int32)
     runners[flavour].launch("vocabulary", (1, 3), (64,), (y,), seed=5)
     lane = np.arange(32)
     half = np.where(lane < 16, 0xFFFF, 0xFFFF0000)
@@ -181,6 +181,7 @@ def test_vocabulary(runners, flavour):
         6: lane >= 16,
         8: lane ^ 1,
         9: lane,
+        10: lane % 16,  # a lane reads earlier segments, and for later ones itself
     }
     for warp in y:
         for row, values in expected.items():
