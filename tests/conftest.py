@@ -1,14 +1,15 @@
 """Back ends for the kernel tests. Tests marked `gpu` are skipped, with the reason, where there is no GPU."""
 
 import functools
+from unittest import mock
 
 import numpy as np
 import pytest
 
 import kernels
-from kernels import cuda, host, plain
+from kernels import cuda, host, plain, simt
 
-from .checks import Backend
+from .checks import FEW_SHAPES, Backend
 
 
 @functools.cache
@@ -27,7 +28,29 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=_missing_gpu()))
 
 
+class SimtOps:
+    """The ops of `kernels`, with NumPy arrays handed to a SIMT device instead of the host library."""
+
+    def __init__(self, device: simt.Device):
+        self.device = device
+        for name in kernels.__all__:
+            if callable(getattr(kernels, name)):
+                setattr(self, name, functools.partial(self._call, getattr(kernels, name)))
+
+    def _call(self, op, *args, **settings):
+        with mock.patch.object(kernels.ops, "_host", lambda: self.device.ops):
+            return op(*args, **settings)
+
+
+@functools.cache
+def simt_ops(sanitizer: str = "") -> SimtOps:
+    """The ops on a SIMT device, one for the whole session."""
+    return SimtOps(simt.Device(simt.Runner(sanitizer=sanitizer)))
+
+
 def _backend(place: str, ops) -> Backend:
+    if place == "simt":
+        return Backend(place, np, simt_ops(), FEW_SHAPES)
     if place == "host":
         return Backend(place, np, ops)
     import cupy
@@ -38,6 +61,7 @@ def _backend(place: str, ops) -> Backend:
 _PLACES = (pytest.param("host", id="host"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu))
 _FORMS = (
     pytest.param(("host", kernels), id="fused-host"),
+    pytest.param(("simt", kernels), id="fused-simt"),
     pytest.param(("host", plain), id="plain-host"),
     pytest.param(("cuda", kernels), id="fused-cuda", marks=pytest.mark.gpu),
     pytest.param(("cuda", plain), id="plain-cuda", marks=pytest.mark.gpu),
@@ -58,7 +82,7 @@ def host_backend() -> Backend:
 
 @pytest.fixture(params=_FORMS)
 def form(request) -> Backend:
-    """The compiled and the plain ops, on NumPy arrays and on CuPy arrays."""
+    """The compiled ops, on NumPy arrays by the host library and thread by thread, on CuPy arrays; and the plain ops."""
     return _backend(*request.param)
 
 

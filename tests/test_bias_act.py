@@ -9,7 +9,7 @@ from scipy.special import expit, ndtr
 import kernels
 from kernels import ACTIVATIONS, plain
 
-from .checks import ELEMENTWISE, EPS, OFFSETS, REDUCTION, SHAPES, assert_close
+from .checks import ELEMENTWISE, EPS, OFFSETS, REDUCTION, assert_close
 
 _TANH = np.sqrt(2.0 / np.pi)
 
@@ -66,7 +66,7 @@ def _assert_gradients(dz, dbias, dy, u, activation):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_forward_on_awkward_shapes(form, rng, activation):
-    for B, N in SHAPES:
+    for B, N in form.shapes:
         z, bias, _ = _inputs(rng, B, N)
         u = z.astype(np.float64) + bias
         for offset in OFFSETS:
@@ -79,7 +79,7 @@ def test_forward_on_awkward_shapes(form, rng, activation):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_backward_on_awkward_shapes(form, rng, activation):
-    for B, N in SHAPES:
+    for B, N in form.shapes:
         z, bias, dy = _inputs(rng, B, N)
         u = (z + bias).astype(np.float64)
         for offset in OFFSETS:

@@ -7,7 +7,7 @@ from scipy import ndimage, stats
 import kernels
 from kernels import plain
 
-from .checks import ELEMENTWISE, EPS, OFFSETS, SHAPES, assert_close, assert_same_bits, to_numpy
+from .checks import ELEMENTWISE, EPS, OFFSETS, assert_close, assert_same_bits, to_numpy
 
 # Box-Muller in float32: the angle 2 pi u < 6.3 is off by a rounding of the product and one of 2 pi, together
 # 4e-7, and the radius is at most sqrt(-2 log 2^-24) = 5.8.
@@ -61,7 +61,7 @@ def test_philox_known_answers():
 
 
 def test_awkward_shapes(form, rng):
-    for B, D in SHAPES:
+    for B, D in form.shapes:
         images, labels = _data(rng, 7, D)
         index = rng.integers(0, 7, B)
         for mean, scale, offset in [(0.0, 1.0, 0), (0.17, 3.0, 1), (-0.5, 1.0, 0), (0.0, -2.0, 1)]:

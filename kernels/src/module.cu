@@ -15,7 +15,7 @@
 
 // A kernel of which a multiprocessor holds `blocks` blocks at once, or as many as it has room for: the compiler
 // keeps within the registers that this leaves. The numbers are those of launches.py and tests/budget.toml.
-#define KERNEL(blocks) extern "C" __global__ void __launch_bounds__(256, (blocks) < ROOM ? (blocks) : ROOM)
+#define KERNEL(blocks) extern "C" __global__ void __launch_bounds__(256, blocks < ROOM ? blocks : ROOM)
 
 #define BIAS_ACT(name, Act)                                                                                   \
   KERNEL(8) bias_act_##name(const float* z, const float* bias, float* y, index_t B, index_t N) {              \
