@@ -81,6 +81,13 @@ def test_asking_for_it_without_nvcc(tmp_path):
     assert "MLP_CUDA=ON needs nvcc, which was not found" in " ".join(result.stderr.split())
 
 
+def test_the_numbers_shared_with_cmake_agree():
+    text = (source.DIRECTORY / "fatbin.cmake").read_text()
+    assert f"set(ARCHITECTURES {' '.join(map(str, cuda.ARCHITECTURES))})" in text
+    assert f"set(options {' '.join(cuda.FATBIN_OPTIONS)})" in text
+    assert set(cuda.FATBIN_OPTIONS) <= {*cuda.OPTIONS, *cuda.CUPY_OPTIONS}, "NVRTC gets the same"
+
+
 def _images(fatbin: bytes) -> dict:
     """(kind, architecture) -> contents, of an uncompressed fatbin; kind 1 is PTX, 2 a cubin."""
     magic, _, start, size = struct.unpack_from("<IHHQ", fatbin)
