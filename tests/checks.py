@@ -101,6 +101,8 @@ class Backend:
     xp: ModuleType
     ops: object
     shapes: list = field(default_factory=lambda: SHAPES)  # the awkward ones; few where execution is slow
+    device: object = None  # what launches.py asks for the number of multiprocessors; None: the host library
+    padding: int = _PAD  # elements beside an output
 
     @property
     def smallest(self) -> float:
@@ -118,14 +120,15 @@ class Backend:
     def outputs(self, *shape, dtype=np.float32, offset=0):
         """An output full of NaN (integers: -7), and a check that nothing beside it was written."""
         size = int(np.prod(shape))
-        buffer = self.xp.full(_PAD + offset + size + _PAD, _SENTINEL, dtype)
-        out = buffer[_PAD + offset : _PAD + offset + size]
+        begin = self.padding + offset
+        buffer = self.xp.full(begin + size + self.padding, _SENTINEL, dtype)
+        out = buffer[begin : begin + size]
         out[...] = np.nan if np.issubdtype(dtype, np.floating) else -7
         before = to_numpy(buffer).copy()
 
         def assert_surroundings_intact():
             after = to_numpy(buffer)
-            for part in (slice(0, _PAD + offset), slice(_PAD + offset + size, None)):
+            for part in (slice(0, begin), slice(begin + size, None)):
                 assert_same_bits(after[part], before[part])
 
         return out.reshape(shape), assert_surroundings_intact
