@@ -1,7 +1,8 @@
 # From a bare machine with Python 3.11+ and a C++ compiler to a result:
 #   make train     environment, dependencies, host library, then: python train.py --model m1 --fused
 #   make test      environment, dependencies, host library, then the whole test suite
-# Others: make build | bench | clean.   ARGS="..." goes to train.py, pytest or the benchmark.
+# Others: make build | bench | clean | sanitize (every kernel under sanitizers, on the CPU) | gpu-check (on a GPU;
+# it installs nothing, and writes to the folder OUT=... or profile/results/<gpu>).   ARGS="..." goes to train.py, pytest or the benchmark.
 #   make CUPY=cupy-cuda13x ...   uses CuPy for CUDA 13;   make CUPY= ...   goes without CuPy
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ INSTALLED := $(VENV)/installed-$(or $(CUPY),without-cupy)
 LIBRARY := kernels/libkernels_host.so
 SOURCES := CMakeLists.txt $(wildcard kernels/src/*.* kernels/src/host/*.*)
 
-.PHONY: train test bench build clean
+.PHONY: train test bench build clean sanitize gpu-check
 .DELETE_ON_ERROR:
 
 train: build
@@ -23,6 +24,12 @@ test: build
 
 bench: build
 	$(BIN)/python profile/bench_step.py --device cpu $(ARGS)
+
+sanitize: build
+	$(BIN)/python -m pytest tests/test_sanitizers.py tests/test_host_sanitizers.py --every-case $(ARGS)
+
+gpu-check:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tests.gpu_check $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 build: $(LIBRARY)
 

@@ -39,7 +39,7 @@ class SimtOps:
 class HostOps:
     """The ops, with the functions of the host library called in a runner of HOST_SOURCE.
 
-    helpers: how many threads take part beside the caller; serve_blas: whether they look for news between the ops.
+    helpers: how many threads take part beside the caller; serve_blas: whether they watch for news between ops.
     """
 
     def __init__(self, runner: simt.Runner, helpers: int, serve_blas: bool):

@@ -223,7 +223,7 @@ def gather_checks(x, y, images, labels, index, *, mean=0.0, scale=1.0, noise_sig
     pixels = images[safe] / 255.0 if affine is None else warped(images[safe], affine)
     added = noise_sigma * noise(safe, images.shape[1], seed) if noise_sigma else np.zeros_like(pixels)
     expected = np.where(valid[:, None], (pixels + added - mean) * scale, np.nan)
-    bound = ELEMENTWISE * (pixels + np.abs(added) + abs(mean)) + noise_sigma * NOISE
-    bound += 0.0 if affine is None else WARP
-    yield Check("x", x, expected, ELEMENTWISE, abs(scale) * bound / ELEMENTWISE)
+    absolute = noise_sigma * NOISE + (0.0 if affine is None else WARP)
+    bound = abs(scale) * (ELEMENTWISE * (pixels + np.abs(added) + abs(mean)) + absolute)
+    yield Check("x", x, expected, ELEMENTWISE + absolute, bound / (ELEMENTWISE + absolute))
     yield Check("y", y, np.where(valid, labels[safe], -1), 0.0)

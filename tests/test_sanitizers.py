@@ -1,5 +1,5 @@
-"""Every kernel thread by thread (kernels/simt.py): right, clean under each sanitizer, and the same bits in any order
-of blocks and threads and with any contents of uninitialised memory.
+"""Every kernel thread by thread (kernels/simt.py): right, clean under each sanitizer, and the same bits in any
+order of blocks and threads and with any contents of uninitialised memory.
 
     pytest tests/test_sanitizers.py --every-case       # all cases instead of the representative ones: minutes
 """
@@ -7,17 +7,22 @@ of blocks and threads and with any contents of uninitialised memory.
 import functools
 import re
 
+import numpy as np
 import pytest
 
 from kernels import simt
 
 from . import cases
 from .backends import simt_backend
-from .checks import FEW_SHAPES, to_numpy
+from .case import Case
+from .checks import FEW_SHAPES, Check, to_numpy
 
 SIZES = (0, 1, 2, 3, 4, 5, 31, 127, 1023)
 # Sanitizer, order of blocks and threads, what uninitialised memory holds.
-FLAVOURS = [("", 0, 0xFF), ("", 1, 0x00), ("", 2, 0x7F), ("thread", 3, 0xFF), ("address", 1, 0x7F), ("undefined", 4, 0)]
+FLAVOURS = [
+    ("", 0, 0xFF), ("", 1, 0x00), ("", 2, 0x7F),
+    ("thread", 3, 0xFF), ("address", 1, 0x7F), ("undefined", 4, 0x00),
+]  # fmt: skip
 
 
 @functools.cache
@@ -45,7 +50,7 @@ def _execute(sanitizer, seed, pattern, every):
     return bits, failures, launched
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS, ids=lambda f: f"{f[0] or 'plain'}-seed-{f[1]}-pattern-{f[2]:02x}")
+@pytest.mark.parametrize("flavour", FLAVOURS, ids=lambda f: f"{f[0] or 'plain'}-seed-{f[1]}-{f[2]:02x}")
 def test_every_kernel_is_right_and_clean_and_gives_the_same_bits(flavour, every_case):
     bits, failures, launched = _execute(*flavour, every_case)
     assert not failures, "\n".join(failures)
@@ -65,13 +70,13 @@ def test_the_cases_have_names_of_their_own():
 def test_a_wrong_result_and_a_crash_are_measured_as_failures():
     backend = simt_backend()
 
-    def nan(rng, backend, B):
-        return [cases.Check("y", cases.np.array([0.5, cases.np.nan]), cases.np.ones(2), 0.5)]
+    def nan(rng, backend):
+        return [Check("y", np.array([0.5, np.nan]), np.ones(2), 0.5), Check("z", np.ones(1), np.ones(1), 0.0)]
 
-    def crash(rng, backend, B):
+    def crash(rng, backend):
         raise simt.SimtError("kernel x: wrote outside", "")
 
-    wrong, crashed = (cases._case("kernel", f, 1).measure(backend) for f in (nan, crash))
+    wrong, crashed = (Case("kernel", "1", f).measure(backend) for f in (nan, crash))
     assert wrong == {"kernel": "kernel", "case": "1", "what": "y", "max_relative_error": float("inf"),
                      "tolerance": 0.5, "passed": False}  # fmt: skip
     assert crashed["passed"] is False and crashed["error"] == "SimtError: kernel x: wrote outside"
