@@ -1,7 +1,7 @@
 """The fast host library and its thread pool, compiled with sanitizers and called in a process of their own.
 
 ThreadSanitizer needs no suppression here: the pool's locks and atomics are of kinds that it models. Stores
-that go around the caches are ordinary ones in these builds: no sanitizer sees the others (stream.h).
+that go around the caches are ordinary ones in the sanitized builds: no sanitizer sees the others (stream.h).
 """
 
 import numpy as np

@@ -6,11 +6,11 @@ get_filename_component(simt_source ${MLP_SIMT} ABSOLUTE BASE_DIR ${CMAKE_SOURCE_
 set(simt_host ${CMAKE_CURRENT_LIST_DIR})
 
 if(simt_source MATCHES "\\.cpp$")
-  # A non-temporal store is one instruction that no sanitizer sees: hence ordinary ones.
-  set(simt_definitions SIMT_PLAIN KERNELS_SOURCE_HASH="" KERNELS_ORDINARY_STORES)
+  set(simt_definitions SIMT_PLAIN KERNELS_SOURCE_HASH="")
   set(simt_preprocess -DKERNELS_SOURCE_HASH="")
   set(simt_head "visibility\\(\"default\"\\)\\)\\) void +")
 else()
+  set(simt_scheduler ${simt_host}/simt.cpp)
   set(simt_preprocess -D__CUDACC__)
   set(simt_head "__global__ +void +(__launch_bounds__ *\\([^)]*\\) *)?")
 endif()
@@ -28,7 +28,7 @@ foreach(head IN LISTS heads)
   string(APPEND table "SIMT_ENTRY(${name})\n")
 endforeach()
 if(NOT table)
-  message(FATAL_ERROR "${simt_source} has no line '__global__ void name(...)'")
+  message(FATAL_ERROR "${simt_source} has no kernel: no line matches '${simt_head}name('")
 endif()
 file(GENERATE OUTPUT ${CMAKE_BINARY_DIR}/simt_table.inc CONTENT "${table}")
 get_filename_component(simt_folder ${simt_source} DIRECTORY)
@@ -36,7 +36,6 @@ file(GLOB simt_dependencies CONFIGURE_DEPENDS ${simt_folder}/*.cu ${simt_folder}
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${simt_source} ${simt_dependencies})
 
 find_package(Threads REQUIRED)
-set(simt_scheduler $<$<NOT:$<IN_LIST:SIMT_PLAIN,${simt_definitions}>>:${simt_host}/simt.cpp>)
 add_library(simt_runtime STATIC ${simt_host}/simt_runner.cpp ${simt_scheduler})
 target_compile_features(simt_runtime PUBLIC cxx_std_17)
 target_compile_options(simt_runtime PRIVATE -O2 -Wall -Wextra)
@@ -46,6 +45,9 @@ function(add_simt_runner name)
   add_executable(${name} ${simt_host}/simt_kernels.cpp)
   target_compile_definitions(${name} PRIVATE SIMT_SOURCE="${simt_source}" SIMT_TABLE="${CMAKE_BINARY_DIR}/simt_table.inc"
                              ${simt_definitions})
+  if(ARGN)
+    target_compile_definitions(${name} PRIVATE KERNELS_ORDINARY_STORES)  # see stream.h
+  endif()
   # An uninitialised variable holds a pattern; no fused multiply-add, no vectors: nothing between a kernel and its meaning.
   target_compile_options(${name} PRIVATE -O1 -g -fdata-sections -ffp-contract=off -ftrivial-auto-var-init=pattern
                          -Wall -Wextra -Wno-unknown-pragmas -Wno-unused-function ${ARGN})
