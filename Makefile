@@ -1,8 +1,9 @@
 # From a bare machine with Python 3.11+ and a C++ compiler to a result:
 #   make train     environment, dependencies, host library, then: python train.py --model m1 --fused
 #   make test      environment, dependencies, host library, then the whole test suite
-# Others: make build | bench | clean | sanitize (every kernel under sanitizers, on the CPU) | gpu-check (on a GPU;
-# it installs nothing, and writes to the folder OUT=... or profile/results/<gpu>).   ARGS="..." goes to train.py, pytest or the benchmark.
+#   make sanitize  every kernel on every shape, on the CPU under ThreadSanitizer, AddressSanitizer and UBSan
+#   make gpu-check every kernel on this GPU and under compute-sanitizer; installs nothing; OUT=folder of the report
+# Others: make build | bench | clean.   ARGS="..." goes to train.py, pytest, the benchmark or the check.
 #   make CUPY=cupy-cuda13x ...   uses CuPy for CUDA 13;   make CUPY= ...   goes without CuPy
 
 PYTHON ?= python3

@@ -39,7 +39,7 @@ class SimtOps:
 class HostOps:
     """The ops, with the functions of the host library called in a runner of HOST_SOURCE.
 
-    helpers: how many threads take part beside the caller; serve_blas: whether they watch for news between ops.
+    helpers: how many threads take part beside the caller; serve_blas: whether they stay awake between ops.
     """
 
     def __init__(self, runner: simt.Runner, helpers: int, serve_blas: bool):

@@ -23,7 +23,7 @@ ONE_BLOCK = 0  # multiprocessors with which the smallest grid is chosen, so that
 
 @dataclass(frozen=True)
 class Case:
-    """One launch. `compute` makes the inputs, runs the op on a backend and gives the checks of its results."""
+    """One launch. `compute` makes the inputs, runs the op on a backend and gives checks of the results."""
 
     kernel: str  # the entry point of module.cu
     name: str
@@ -42,13 +42,11 @@ class Case:
         """The check that comes closest to its tolerance, or what went wrong, as gpu_check.py writes it."""
         result = {"kernel": self.kernel, "case": self.name, "passed": False}
         try:
-            share = lambda c: c.error() / c.tolerance if c.tolerance else c.error()  # noqa: E731
-            worst = max(self.run(backend), key=share)
+            worst = max(self.run(backend), key=Check.share)
         except Exception as error:
             return result | {"error": f"{type(error).__name__}: {error}"}
-        error = worst.error()
-        result |= {"what": worst.what, "max_relative_error": error, "tolerance": worst.tolerance}
-        return result | {"passed": error <= worst.tolerance}
+        result |= {"what": worst.what, "max_relative_error": worst.error(), "tolerance": worst.tolerance}
+        return result | {"passed": worst.share() <= 1.0}
 
     def __str__(self):
         return f"{self.kernel} {self.name}"

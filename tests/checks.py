@@ -5,6 +5,7 @@ n terms grows like sqrt(n) EPS times the sum of their absolute values where the 
 and at worst like n EPS; every op adds through shorter partial sums, so 1e-5 holds for all shapes here.
 """
 
+import math
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -81,6 +82,11 @@ class Check:
 
     def error(self) -> float:
         return max_error(self.actual, self.reference, self.magnitude)
+
+    def share(self) -> float:
+        """The error as a part of the tolerance: more than 1 is too much."""
+        error = self.error()
+        return error / self.tolerance if self.tolerance else math.inf if error else 0.0
 
     def verify(self) -> None:
         assert_close(self.actual, self.reference, self.tolerance, magnitude=self.magnitude)

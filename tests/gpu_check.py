@@ -89,7 +89,7 @@ def cases_part(backend: Backend) -> tuple[dict, list]:
         share = [r["max_relative_error"] / r["tolerance"] for r in mine if r.get("tolerance")]
         by_kernel[kernel] = {
             "cases": len(mine), "failed": sum(not r["passed"] for r in mine),
-            "largest share of the tolerance": max(share, default=math.inf),
+            "largest_share_of_tolerance": max(share, default=math.inf),
         }  # fmt: skip
     verdict = {"status": "failed" if failed else "passed", "cases": len(results), "failed": len(failed)}
     return verdict | {"kernels": len(by_kernel), "by_kernel": by_kernel}, results
@@ -117,7 +117,8 @@ def write(path: Path, report: dict, results: list[dict]) -> None:
 def check(device: str, parts: tuple, path: Path) -> bool:
     """Run the parts and write the report after each, so that a machine that dies leaves what it had."""
     backend, results, began = backend_of(device), [], time.perf_counter()
-    report = gpu_parts.facts(device) | {"options": {"device": device, "parts": list(parts)}, "passed": False}
+    options = {"device": device, "compiler": list(cuda.OPTIONS + cuda.CUPY_OPTIONS)}
+    report = gpu_parts.facts(device) | {"options": options, "passed": False}
     report["parts"] = {part: {"status": "not run", "reason": "not reached"} for part in parts}
     write(path, report, results)
     for part in parts:
@@ -153,7 +154,9 @@ def summary(path: Path) -> str:
 
 
 def arguments(argv) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cuda", "simt"), default="cuda")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)} (default: all)")
     parser.add_argument("--out", type=Path, help="folder of the report (default: profile/results/<gpu>)")

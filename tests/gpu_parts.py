@@ -17,6 +17,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 ERROR_EXIT = 86  # compute-sanitizer's exit status where it found something; a case that fails ends with 1
 TIMEOUT = 600
+TOO_LONG = f"took more than {TIMEOUT} s"
 # Each tool and the kernel of planted.cu with a mistake of the kind that it finds: name, elements, arguments.
 TOOLS = {
     "memcheck": ("off_by_one", 50, "x", "y", np.int32(50)),
@@ -31,15 +32,16 @@ def _run(command, timeout=None) -> tuple[int | None, str]:
     """Exit status and output of a command in the repository; None where it took too long."""
     try:
         done = subprocess.run(
-            [str(word) for word in command], cwd=ROOT, timeout=timeout or TIMEOUT, text=True, errors="replace",
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [str(word) for word in command], cwd=ROOT, timeout=timeout or TIMEOUT,
+            text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
-        return None, (error.stdout or b"").decode(errors="replace")
+        text = error.stdout or ""
+        return None, text if isinstance(text, str) else text.decode(errors="replace")
     return done.returncode, done.stdout
 
 
-def _first_line(command) -> str | None:
+def _last_line(command) -> str | None:
     """The last line that a program prints about itself, or None where there is no such program."""
     if shutil.which(command[0]) is None:
         return None
@@ -92,9 +94,9 @@ def versions(device: str) -> dict:
         "numpy": np.__version__,
         "cupy": _distribution("cupy-cuda13x", "cupy-cuda12x", "cupy"),
         "torch": _distribution("torch"),
-        "compute_sanitizer": _first_line(["compute-sanitizer", "--version"]),
-        "driver": _first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
-        "nvcc": _first_line(["nvcc", "--version"]),
+        "compute_sanitizer": _last_line(["compute-sanitizer", "--version"]),
+        "driver": _last_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
+        "nvcc": _last_line(["nvcc", "--version"]),
     }
     if device == "cuda":
         import cupy
@@ -123,7 +125,7 @@ def facts(device: str) -> dict:
 
 
 def pytest_part() -> dict:
-    """The tests marked gpu, all of which must be found runnable: none may be skipped for want of a GPU."""
+    """The tests marked gpu. Where none has passed, say because all were skipped, that is a failure."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
@@ -138,20 +140,17 @@ def pytest_part() -> dict:
                     bad.append(f"{test.get('classname')}.{test.get('name')}")
     result = {"status": "passed" if code == 0 and counts.get("passed") else "failed", **counts}
     if result["status"] == "failed":
-        result |= {"reason": _why(code, text, "no test ran" if not bad else f"{len(bad)} tests failed")}
-        result |= {"failed_tests": bad, "output": text[-4000:]}
+        reason = f"{len(bad)} tests failed" if bad else "no test passed"
+        result |= {"reason": TOO_LONG if code is None else reason, "failed_tests": bad}
+        result |= {"output": text[-4000:]}
     return result
-
-
-def _why(code, text, default):
-    return f"took more than {TIMEOUT} s" if code is None else default
 
 
 def _sanitized(tool: str, device: str, *arguments) -> tuple[int | None, int | None, str]:
     """Exit status, number of errors and output of gpu_check under a tool; no number where it gave no summary.
 
-    No kernel is filtered out: a filter that matches nothing would pass everything, and CuPy's few kernels here
-    are short. API errors are not asked for, because looking for newer functions of the driver makes some.
+    No kernel is filtered out: a filter that matches nothing would pass everything, and CuPy's few kernels are
+    short. API errors are not asked for, because looking for newer functions of the driver makes some.
     """
     options = ["--tool", tool, "--error-exitcode", ERROR_EXIT, "--report-api-errors", "no"]
     child = [sys.executable, "-m", "tests.gpu_check", "--device", device, *arguments]
@@ -184,7 +183,7 @@ def sanitizer_part(tool: str, device: str) -> dict:
     if code == 0 and errors == 0 and measured and not failed:
         return result | {"status": "passed"}
     if code is None:
-        reason = f"took more than {TIMEOUT} s"
+        reason = TOO_LONG
     elif errors is None:
         reason = f"ended with status {code} and no summary"
     elif errors:

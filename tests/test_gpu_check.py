@@ -1,4 +1,4 @@
-"""gpu_check.py without a GPU: its cases thread by thread, and a compute-sanitizer that says what it is told to."""
+"""gpu_check.py without a GPU: its cases thread by thread, and a compute-sanitizer that says what it is told."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def test_a_clean_run_through_every_process(tmp_path, fake_sanitizer):
     assert report["device"]["name"] == "simt" and report["revision"] and report["date"]
     assert report["versions"]["numpy"] == np.__version__
     assert report["versions"]["compute_sanitizer"] == "Version 0.fake"
-    assert report["options"] == {"device": "simt", "parts": ["cases", "memcheck"]}
+    assert report["options"]["device"] == "simt" and list(report["parts"]) == ["cases", "memcheck"]
     number = len(cases.representative())
     assert report["parts"]["cases"]["kernels"] == 22 and report["parts"]["cases"]["cases"] == number
     memcheck = report["parts"]["memcheck"]
@@ -131,9 +131,10 @@ def test_without_compute_sanitizer_nothing_passes(tmp_path, monkeypatch):
 
 
 def test_a_part_that_takes_too_long_is_recorded(monkeypatch):
-    monkeypatch.setattr(gpu_parts, "TIMEOUT", 0.5)
-    code, text = gpu_parts._run([sys.executable, "-uc", "print('begun'); import time; time.sleep(60)"])
-    assert code is None and gpu_parts._why(code, text, "") == "took more than 0.5 s"
+    command = [sys.executable, "-uc", "print('begun'); import time; time.sleep(60)"]
+    assert gpu_parts._run(command, timeout=2) == (None, "begun\n")
+    monkeypatch.setattr(gpu_parts, "_run", lambda command: (None, "begun"))
+    assert gpu_parts.pytest_part()["reason"] == "took more than 600 s"
 
 
 def _junit(tests, failures, skipped):
@@ -179,9 +180,8 @@ def test_what_it_cannot_do_is_refused(arguments):
     assert result.returncode == 2 and "Traceback" not in result.stderr and "error: --" in result.stderr
 
 
-@pytest.mark.parametrize(("name", "slug"), [("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3"), ("Tesla T4", "tesla-t4")])
-def test_the_folder_is_named_after_the_gpu(name, slug):
-    assert gpu_parts.slug(name) == slug
+def test_the_folder_is_named_after_the_gpu():
+    assert gpu_parts.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
 
 
 def test_the_planted_kernels_are_for_nvrtc_too():

@@ -1,5 +1,5 @@
-"""Every kernel thread by thread (kernels/simt.py): right, clean under each sanitizer, and the same bits in any
-order of blocks and threads and with any contents of uninitialised memory.
+"""Every kernel thread by thread (kernels/simt.py): right, clean under each sanitizer, and the same bits in
+any order of blocks and threads, whatever uninitialised memory holds.
 
     pytest tests/test_sanitizers.py --every-case       # all cases instead of the representative ones: minutes
 """

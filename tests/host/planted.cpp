@@ -1,5 +1,5 @@
-// The fast host library, and beside it the mistakes that its sanitized runs must find: what test_host_sanitizers.py
-// executes. A `_wrong` function has the mistake, its `_right` twin does not.
+// The fast host library, and beside it mistakes that its sanitized runs must find: test_host_sanitizers.py
+// executes both. A `_wrong` function has the mistake, its `_right` twin does not.
 #include "../../kernels/src/host/fast.cpp"
 
 #include <thread>
@@ -38,7 +38,7 @@ EXPORT void stream_right(float* x, index_t n) { const float zeros[8] = {}; strea
 EXPORT void overflow_wrong(int* x, int rows) { x[0] = rows * 65536; }
 EXPORT void overflow_right(int* x, int rows) { x[0] = (int)(rows * (index_t)65536); }
 
-// What OpenBLAS does with its callback: every job waits until all have begun, and reads what another has written.
+// What OpenBLAS does with its callback: every job waits until all have begun, and reads what another wrote.
 namespace {
 struct BlasJobs { float* x; std::atomic<int>* begun; int jobs; };
 void blas_job(int k, void* data, int) {
