@@ -1,8 +1,10 @@
 # From a bare machine with Python 3.11+ and a C++ compiler to a result:
 #   make train     environment, dependencies, host library, then: python train.py --model m1 --fused
 #   make test      environment, dependencies, host library, then the whole test suite
+#   make sanitize  every kernel on every shape, on the CPU under ThreadSanitizer, AddressSanitizer and UBSan
+#   make gpu-check every kernel on this GPU and under compute-sanitizer; installs nothing; OUT=folder of the report
 # Others: make build | bench | clean; make cuda compiles the GPU kernels ahead of time (needs nvcc), make budget prints
-# the registers and memory that they use.  ARGS="..." goes to train.py, pytest or the benchmark.
+# the registers and memory that they use.  ARGS="..." goes to train.py, pytest, the benchmark or the check.
 #   make CUPY=cupy-cuda13x ...   uses CuPy for CUDA 13;   make CUPY= ...   goes without CuPy
 
 PYTHON ?= python3
@@ -14,7 +16,7 @@ LIBRARY := kernels/libkernels_host.so
 CONFIGURE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_BUILD_TYPE=Release
 SOURCES := CMakeLists.txt $(wildcard kernels/src/*.* kernels/src/host/*.*)
 
-.PHONY: train test bench build cuda budget clean
+.PHONY: train test sanitize gpu-check bench build cuda budget clean
 .DELETE_ON_ERROR:
 
 train: build
@@ -25,6 +27,12 @@ test: build
 
 bench: build
 	$(BIN)/python profile/bench_step.py --device cpu $(ARGS)
+
+sanitize: build
+	$(BIN)/python -m pytest tests/test_sanitizers.py tests/test_host_sanitizers.py --every-case $(ARGS)
+
+gpu-check:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tests.gpu_check $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 build: $(LIBRARY)
 

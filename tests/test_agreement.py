@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 import kernels
 from kernels import ACTIVATIONS, plain, simt
 
+from .backends import SimtOps, simt_backend
 from .checks import EPS, assert_close, assert_same_bits
-from .conftest import SimtOps, simt_ops
-from .test_gather_batch import NOISE, WARP
-from .test_optimizer_steps import adam, sgd
+from .references import NOISE, WARP, adam, sgd
 
 torch = pytest.importorskip("torch")
 
@@ -51,7 +50,7 @@ def floats(draw, *shape, scale=3.0, special=SPECIAL):
 def devices(draw):
     """Two SIMT devices that must agree to the last bit: the same launch shapes, another order of blocks and threads
     and other contents of uninitialised memory."""
-    runner, count = simt_ops().device.runner, draw(st.sampled_from([1, 2, 5]))
+    runner, count = simt_backend().ops.device.runner, draw(st.sampled_from([1, 2, 5]))
     orders = draw(st.tuples(seeds, seeds))
     patterns = draw(st.permutations([0x00, 0x7F, 0xFF]))
     return [simt.Device(runner, count, *each) for each in zip(orders, patterns, strict=False)]
@@ -135,7 +134,7 @@ def test_a_gradient_that_is_not_finite_where_relu_is_flat(dy):
     dy, z = np.full((1, 1), dy, np.float32), np.full((1, 1), -1, np.float32)
     masked = torch_bias_act(z, np.zeros(1, np.float32), dy, "relu", torch.float32)[1]
     assert masked == 0.0
-    for ops in (kernels, simt_ops()):
+    for ops in (kernels, simt_backend().ops):
         assert_same_bits(ops.bias_act_backward(dy, z)[0], masked)
     with np.errstate(invalid="ignore"):
         assert np.isnan(plain.bias_act_backward(dy, z)[0])

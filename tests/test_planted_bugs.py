@@ -47,6 +47,7 @@ ARGUMENTS = {
     "uninitialised_output": lambda: (_x(), _y()),
     "left_before_barrier": lambda: (_y(),),
     "divergent_barriers": lambda: (_y(),),
+    "part_of_a_warp": lambda: (_y(),),
     "wrong_mask": lambda: (_x(16),),
     "not_in_mask": lambda: (np.zeros(32, np.int32),),
     "assumes_block_order": lambda: (_x(5), _y(5), np.zeros(1, np.uint32), _y(1)),
@@ -122,6 +123,10 @@ def test_uninitialised_memory_and_block_order(runners, name):
 def test_barriers_that_some_threads_do_not_reach(runners):
     _caught(runners[""], "left_before_barrier", r"32 threads wait at __syncthreads \(line \d+\), 32 threads have returned")
     _caught(runners[""], "divergent_barriers", r"32 threads wait at __syncthreads.*, 32 threads wait at __syncthreads")
+
+
+def test_a_barrier_that_part_of_a_warp_passes_by(runners):
+    _caught(runners[""], "part_of_a_warp", r"48 threads wait at __syncthreads.*, 16 threads wait at __syncthreads")
 
 
 def test_masks(runners):

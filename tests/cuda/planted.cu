@@ -113,6 +113,17 @@ template <bool wrong> __device__ void divergent_barriers(float* x) {
 }
 PLANTED(divergent_barriers, (float* x), (x))
 
+// A quarter of the block goes past the first barrier, among them half of a warp.
+template <bool wrong> __device__ void part_of_a_warp(float* x) {
+  if (!wrong || threadIdx.x < 48) {
+    x[threadIdx.x] = 1.0f;
+    __syncthreads();
+  }
+  __syncthreads();
+  x[threadIdx.x] = 2.0f;
+}
+PLANTED(part_of_a_warp, (float* x), (x))
+
 // Half of the warp is gone when the other half shuffles with the whole warp.
 template <bool wrong> __device__ void wrong_mask(float* x) {
   const int lane = threadIdx.x % 32;

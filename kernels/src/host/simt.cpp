@@ -30,6 +30,7 @@ extern unsigned char simt_shared_begin[], simt_shared_end[];
 
 namespace simt {
 
+const bool one_thread_at_a_time = true;
 thread_local dim3 thread_index, block_index, block_size, grid_size;
 
 namespace {
