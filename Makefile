@@ -1,8 +1,11 @@
 # From a bare machine with Python 3.11+ and a C++ compiler to a result:
 #   make train     environment, dependencies, host library, then: python train.py --model m1 --fused
 #   make test      environment, dependencies, host library, then the whole test suite
-#   make mutate    plants small faults in the kernels, which tests must notice (20 minutes on 2 cores)
-# Others: make build | bench | clean.   ARGS="..." goes to train.py, pytest, the benchmark or the mutation check.
+#   make sanitize  every kernel on every shape, on the CPU under ThreadSanitizer, AddressSanitizer and UBSan
+#   make mutate    plants small faults in the kernels, which tests must notice (half an hour)
+#   make gpu-check every kernel on this GPU and under compute-sanitizer; installs nothing; OUT=folder of the report
+# Others: make build | bench | clean; make cuda compiles the GPU kernels ahead of time (needs nvcc), make budget prints
+# the registers and memory that they use.  ARGS="..." goes to train.py, pytest, the benchmark or the check.
 #   make CUPY=cupy-cuda13x ...   uses CuPy for CUDA 13;   make CUPY= ...   goes without CuPy
 
 PYTHON ?= python3
@@ -11,9 +14,10 @@ CUPY ?= $(if $(filter Darwin,$(shell uname -s)),,cupy-cuda12x)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed-$(or $(CUPY),without-cupy)
 LIBRARY := kernels/libkernels_host.so
+CONFIGURE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_BUILD_TYPE=Release
 SOURCES := CMakeLists.txt $(wildcard kernels/src/*.* kernels/src/host/*.*)
 
-.PHONY: train test bench mutate build clean
+.PHONY: train test sanitize mutate gpu-check bench build cuda budget clean
 .DELETE_ON_ERROR:
 
 train: build
@@ -25,10 +29,23 @@ test: build
 bench: build
 	$(BIN)/python profile/bench_step.py --device cpu $(ARGS)
 
+sanitize: build
+	$(BIN)/python -m pytest tests/test_sanitizers.py tests/test_host_sanitizers.py --every-case $(ARGS)
+
 mutate: build
 	$(BIN)/python -m tests.mutations $(ARGS)
 
+gpu-check:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tests.gpu_check $(if $(OUT),--out "$(OUT)") $(ARGS)
+
 build: $(LIBRARY)
+
+cuda: $(INSTALLED)
+	$(CONFIGURE) -B build/cuda -DMLP_CUDA=ON
+	$(BIN)/cmake --build build/cuda --target kernels_cuda
+
+budget: $(INSTALLED)
+	$(BIN)/python -m tests.resources
 
 # The dependencies of pyproject.toml, with the CuPy that was asked for; the project itself runs from this folder.
 $(INSTALLED): pyproject.toml
@@ -43,9 +60,9 @@ $(INSTALLED): pyproject.toml
 
 $(LIBRARY): $(INSTALLED) $(SOURCES)
 	@mkdir -p build
-	@$(BIN)/cmake -S . -B build/host -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_BUILD_TYPE=Release > build/configure.log || { cat build/configure.log; exit 1; }
+	@$(CONFIGURE) -B build/host > build/configure.log || { cat build/configure.log; exit 1; }
 	$(BIN)/cmake --build build/host
 	@touch $@
 
 clean:
-	rm -rf build $(LIBRARY) $(VENV)
+	rm -rf build $(LIBRARY) kernels/module.fatbin* $(VENV)

@@ -1,21 +1,31 @@
-"""The GPU: the kernels compiled by NVRTC through cupy.RawModule, launched on CuPy arrays by launches.py.
+"""The GPU: the kernels as a cupy.RawModule, launched on CuPy arrays by launches.py.
+
+They come from the fatbin beside this file where CMake built one (MLP_CUDA=ON) from the sources that lie here now,
+for this GPU; otherwise NVRTC compiles them on first use, and CuPy keeps the result on disk under a hash of the text.
 
 Launches go to CuPy's current stream and never synchronise. They cannot be captured into a CUDA graph, which
 would keep the address of scratch memory that has gone back to CuPy's pool.
 """
 
 import functools
+import hashlib
+import json
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 
 from . import BackendError, source
-from .launches import Launches
+from .launches import THREADS, Launches
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)  # compute capabilities that the test suite compiles for
 OPTIONS = ("-std=c++17",)
 CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")  # what CuPy adds; the sources need the second
+
+FATBIN = Path(__file__).with_name("module.fatbin")  # kernels/src/fatbin.cmake makes it, and FATBIN.json about it
+FATBIN_OPTIONS = (*OPTIONS, "-ftz=true")  # nvcc's
+_REBUILD = "delete it, and run `make cuda` if you want it built again"
 
 _COUNTERS = 4096
 
@@ -50,10 +60,47 @@ def check_device(name: str, array) -> None:
         )
 
 
+def _fatbin_architectures() -> list[int]:
+    """What the fatbin has code for: nothing where there is none, or one of other sources or options.
+
+    That is no error: sources change, and NVRTC compiles what they are now. A binary that is not what was built is one.
+    """
+    if not FATBIN.exists():
+        return []
+    record = Path(f"{FATBIN}.json")
+    try:
+        built = json.loads(record.read_text())
+        current = built["sources"] == source.digest() and built["options"] == list(FATBIN_OPTIONS)
+        intact = built["binary"] == hashlib.sha256(FATBIN.read_bytes()).hexdigest()
+        architectures = [int(a) for a in built["architectures"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BackendError(f"{FATBIN} has no readable {record.name} ({error!r}); {_REBUILD}") from None
+    if current and not intact:
+        raise BackendError(f"{FATBIN} is damaged: not the file that was built; {_REBUILD}")
+    return architectures if current else []
+
+
+def module_origin() -> str:
+    """Where the kernels for CuPy's current device come from: "fatbin" or "nvrtc"."""
+    capability = int(_cupy().cuda.Device().compute_capability)
+    architectures = _fatbin_architectures()
+    # Machine code runs on its own major version from its minor version on; the newest is there as PTX, too.
+    same_major = any(a // 10 == capability // 10 and a <= capability for a in architectures)
+    return "fatbin" if architectures and (same_major or capability > max(architectures)) else "nvrtc"
+
+
 @functools.cache
 def _module():
-    # CuPy loads a RawModule into each device on first use there, and keeps the binary in its disk cache.
-    return _cupy().RawModule(code=source.inlined("module.cu"), options=OPTIONS)
+    # CuPy loads a RawModule into each device on first use there.
+    cupy = _cupy()
+    if module_origin() == "nvrtc":
+        return cupy.RawModule(code=source.inlined("module.cu"), options=OPTIONS)
+    module = cupy.RawModule(path=str(FATBIN))
+    try:
+        module.compile()  # load it, because only here it is known what to do about an error
+    except cupy.cuda.driver.CUDADriverError as error:
+        raise BackendError(f"the driver cannot load {FATBIN} ({error}); {_REBUILD}") from None
+    return module
 
 
 @functools.cache
@@ -63,13 +110,18 @@ def function(name: str):
 
 
 @functools.cache
-def _multiprocessors(device: int) -> int:
-    return _cupy().cuda.runtime.getDeviceProperties(device)["multiProcessorCount"]
+def _properties(device: int) -> dict:
+    return _cupy().cuda.runtime.getDeviceProperties(device)
 
 
 def multiprocessors() -> int:
     """The number of multiprocessors of CuPy's current device."""
-    return _multiprocessors(_cupy().cuda.runtime.getDevice())
+    return _properties(_cupy().cuda.runtime.getDevice())["multiProcessorCount"]
+
+
+def room() -> int:
+    """The blocks of THREADS threads that one multiprocessor of CuPy's current device holds."""
+    return _properties(_cupy().cuda.runtime.getDevice())["maxThreadsPerMultiProcessor"] // THREADS
 
 
 @functools.cache

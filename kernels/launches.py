@@ -1,14 +1,18 @@
 """The kernels' launches: which kernel, grid, block, scratch memory and arguments, on any device that executes them.
 
-Launch shapes are pure functions of the problem and the number of multiprocessors, so that they are tested, and
-used to execute the kernels thread by thread, without a GPU. Arguments arrive checked by ops.py.
+Launch shapes are pure functions of the problem, the number of multiprocessors and the `room` in each: the blocks
+of 256 threads that it holds (4 on 7.5, 6 on 8.6, 8.9 and 12.0, 8 on 8.0, 9.0 and 10.0). So they are tested, and
+used to execute the kernels thread by thread, without a GPU. They do not ask how many registers a compiler took:
+the same GPU adds in the same order whoever compiled. Arguments arrive checked by ops.py.
 """
 
 import numpy as np
 
 THREADS = 256
 TILE_COLUMNS, TILE_ROWS = 128, 8  # bias_act_backward; the same numbers as in bias_act.cuh
-REGISTER_ROWS = (1, 2, 4, 8, 16, 32)  # softmax_xent_<n> holds rows of up to 32 n classes in registers
+# Blocks that a multiprocessor with room for them holds at once: module.cu keeps the registers within what they leave.
+TILE_BLOCKS = 4
+ROW_BLOCKS = {1: 8, 2: 8, 4: 8, 8: 6, 16: 4, 32: 3, 0: 8}  # softmax_xent_<n>: up to 32 n classes in registers; 0: any
 _MAX_GRID_Y = 65535
 
 
@@ -16,27 +20,29 @@ def _divide_up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def flat_shape(elements: int, multiprocessors: int) -> tuple[tuple, tuple]:
+def flat_shape(elements: int, multiprocessors: int, room: int) -> tuple[tuple, tuple]:
     """Grid and block for a grid-stride loop over `elements` in packs of 4: at most 4 waves of full occupancy."""
     blocks = _divide_up(_divide_up(elements, 4), THREADS)
-    return (max(1, min(blocks, 32 * multiprocessors)),), (THREADS,)
+    return (max(1, min(blocks, 4 * room * multiprocessors)),), (THREADS,)
 
 
 def tile_shape(B: int, N: int, multiprocessors: int) -> tuple[tuple, tuple]:
-    """Grid and block for column sums of (B, N): column tiles x row blocks, about 4 blocks per multiprocessor."""
+    """Grid and block for column sums of (B, N), column tiles x row blocks: at most one wave, because one block more
+    would double the time; but every tile has a block."""
     tiles = max(1, _divide_up(N, TILE_COLUMNS))
-    row_blocks = min(_divide_up(B, TILE_ROWS), _divide_up(4 * multiprocessors, tiles), _MAX_GRID_Y)
+    row_blocks = min(_divide_up(B, TILE_ROWS), TILE_BLOCKS * multiprocessors // tiles, _MAX_GRID_Y)
     return (tiles, max(1, row_blocks)), (TILE_COLUMNS // 4, TILE_ROWS)
 
 
-def row_shape(B: int, multiprocessors: int) -> tuple[tuple, tuple]:
-    """Grid and block for one warp per row: at most one wave of full occupancy."""
-    return (max(1, min(_divide_up(B, THREADS // 32), 8 * multiprocessors)),), (THREADS,)
+def softmax_items(C: int) -> int:
+    """The n of the softmax_xent_<n> whose registers hold C classes, or of the one that needs none, 0."""
+    return next((n for n in ROW_BLOCKS if C <= 32 * n), 0)
 
 
-def softmax_kernel(C: int) -> str:
-    """The name of the softmax kernel whose registers hold C classes, or of the one that needs none."""
-    return f"softmax_xent_{next((items for items in REGISTER_ROWS if C <= 32 * items), 0)}"
+def row_shape(B: int, C: int, multiprocessors: int, room: int) -> tuple[tuple, tuple]:
+    """Grid and block for one warp per row of C classes: at most one wave."""
+    resident = min(ROW_BLOCKS[softmax_items(C)], room)
+    return (max(1, min(_divide_up(B, THREADS // 32), resident * multiprocessors)),), (THREADS,)
 
 
 def _pointer(array):
@@ -46,15 +52,18 @@ def _pointer(array):
 
 class Launches:
     """The ops on a device: `function(name)` is called with grid, block and arguments, `multiprocessors()` is their
-    number, `empty(shape, dtype)` an uninitialised array, `counters(count)` zeros that the kernels leave zero, and
-    `is_array(value)` tells its arrays from numbers."""
+    number, `room()` the blocks of THREADS threads that one holds, `empty(shape, dtype)` an uninitialised array,
+    `counters(count)` zeros that the kernels leave zero, and `is_array(value)` tells its arrays from numbers."""
 
     def __init__(self, device):
         self._device = device
         self.empty = device.empty
 
+    def _flat_shape(self, elements):
+        return flat_shape(elements, self._device.multiprocessors(), self._device.room())
+
     def bias_act(self, z, bias, activation, y):
-        grid, block = flat_shape(z.size, self._device.multiprocessors())
+        grid, block = self._flat_shape(z.size)
         args = z, bias, y, np.int64(z.shape[0]), np.int64(z.shape[1])
         self._device.function(f"bias_act_{activation}")(grid, block, args)
 
@@ -71,8 +80,8 @@ class Launches:
 
     def softmax_cross_entropy(self, logits, labels, scale, dlogits, loss, totals):
         B, C = logits.shape
-        grid, block = row_shape(B, self._device.multiprocessors())
-        self._device.function(softmax_kernel(C))(
+        grid, block = row_shape(B, C, self._device.multiprocessors(), self._device.room())
+        self._device.function(f"softmax_xent_{softmax_items(C)}")(
             grid, block,
             (logits, labels, dlogits, loss, _pointer(totals), self.empty((grid[0], 2)), self._device.counters(1),
              np.int64(B), np.int32(C), np.float32(scale)),
@@ -85,7 +94,7 @@ class Launches:
         return np.float32(value), np.uintp(0)
 
     def adam_step(self, p, g, m, v, step, lr, beta1, beta2, eps, weight_decay, decoupled):
-        grid, block = flat_shape(p.size, self._device.multiprocessors())
+        grid, block = self._flat_shape(p.size)
         self._device.function("adam")(
             grid, block,
             (p, g, m, v, np.int64(p.size), *self._scalar(step), *self._scalar(lr), np.float32(1.0 - beta1),
@@ -93,7 +102,7 @@ class Launches:
         )  # fmt: skip
 
     def sgd_step(self, p, g, velocity, lr, momentum, weight_decay):
-        grid, block = flat_shape(p.size, self._device.multiprocessors())
+        grid, block = self._flat_shape(p.size)
         self._device.function("sgd")(
             grid, block,
             (p, g, _pointer(velocity), np.int64(p.size), *self._scalar(lr), np.float32(momentum),
@@ -102,7 +111,7 @@ class Launches:
 
     def gather_batch(self, images, labels, index, affine, out_x, out_y, side, mean, scale, noise_sigma, seed):
         M, D = images.shape
-        grid, block = flat_shape(index.size * 4 * _divide_up(D, 4), self._device.multiprocessors())
+        grid, block = self._flat_shape(index.size * 4 * _divide_up(D, 4))
         self._device.function("gather")(
             grid, block,
             (images, labels, index, _pointer(affine), out_x, out_y, np.int64(index.size), np.int64(M), np.int32(D),

@@ -4,6 +4,7 @@
     runner.launch("scale", (blocks,), (256,), (x, np.float32(2), np.int64(x.size)))
 
 Works on any CUDA source that includes no header of CUDA's; src/host/simt.h says what is modelled and what is not.
+Of a .cpp, such as src/host/fast.cpp, a launch calls one exported function: its grid, block, seed and pattern mean nothing.
 Launches are executed by a process of its own, which CMake builds and which a broken kernel may bring down.
 Linux with g++ or clang++; from a checkout, since an installed package has no CMakeLists.txt.
 """
@@ -237,6 +238,9 @@ class Device:
 
     def multiprocessors(self) -> int:
         return self._multiprocessors
+
+    def room(self) -> int:
+        return 8  # 2048 threads, as compute capability 8.0, 9.0 and 10.0 have
 
     def counters(self, count: int):
         return self._counters[:count]

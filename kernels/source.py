@@ -1,6 +1,5 @@
 """The kernel sources as text: what NVRTC compiles, and the hash that tells a stale binary."""
 
-import functools
 import hashlib
 import re
 from pathlib import Path
@@ -32,7 +31,6 @@ def inlined(name: str) -> str:
     return expand(name)
 
 
-@functools.cache
 def digest() -> str:
     """SHA-256 over the SHA-256 of every source file in the order of their paths, as CMakeLists.txt computes it."""
     files = [p for p in DIRECTORY.rglob("*") if p.suffix in {".cu", ".cuh", ".h", ".cpp"}]

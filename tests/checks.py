@@ -5,6 +5,7 @@ n terms grows like sqrt(n) EPS times the sum of their absolute values where the 
 and at worst like n EPS; every op adds through shorter partial sums, so 1e-5 holds for all shapes here.
 """
 
+import math
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -35,18 +36,23 @@ def to_numpy(array) -> np.ndarray:
     return array.cpu().numpy() if hasattr(array, "cpu") else np.asarray(array)
 
 
+def _compared(actual, reference, magnitude):
+    """Both and the magnitude in float64, and where both are the same value: NaN and infinities included."""
+    actual, reference = (to_numpy(x).astype(np.float64) for x in (actual, reference))
+    assert actual.shape == reference.shape, f"shape {actual.shape} instead of {reference.shape}"
+    magnitude = (
+        np.abs(reference) if magnitude is None else np.broadcast_to(to_numpy(magnitude), reference.shape)
+    )
+    return actual, reference, magnitude, (actual == reference) | (np.isnan(actual) & np.isnan(reference))
+
+
 def assert_close(actual, reference, rtol, atol=0.0, magnitude=None):
     """|actual - reference| <= rtol * magnitude + atol everywhere; magnitude defaults to |reference|.
 
     NaN is expected exactly where the reference has it; an infinity must be the same infinity; where the
     bound is not finite nothing but equality will do.
     """
-    actual, reference = (to_numpy(x).astype(np.float64) for x in (actual, reference))
-    assert actual.shape == reference.shape, f"shape {actual.shape} instead of {reference.shape}"
-    magnitude = (
-        np.abs(reference) if magnitude is None else np.broadcast_to(to_numpy(magnitude), reference.shape)
-    )
-    same = (actual == reference) | (np.isnan(actual) & np.isnan(reference))
+    actual, reference, magnitude, same = _compared(actual, reference, magnitude)
     with np.errstate(invalid="ignore", over="ignore"):
         error, bound = np.abs(actual - reference), rtol * magnitude + atol
         good = same | (np.isfinite(reference) & np.isfinite(bound) & (error <= bound))
@@ -58,6 +64,37 @@ def assert_close(actual, reference, rtol, atol=0.0, magnitude=None):
             f"{np.count_nonzero(~good)} of {good.size} values differ; worst at {tuple(map(int, worst))}: "
             f"{actual[worst]!r} instead of {reference[worst]!r}, allowed {bound[worst]:.3g}"
         )
+
+
+def max_error(actual, reference, magnitude=None) -> float:
+    """The largest |actual - reference| / magnitude; infinity where nothing but equality would do."""
+    actual, reference, magnitude, same = _compared(actual, reference, magnitude)
+    finite = np.isfinite(actual) & np.isfinite(reference) & np.isfinite(magnitude)
+    with np.errstate(all="ignore"):
+        error = np.where(finite, np.abs(actual - reference) / magnitude, np.inf)
+    return float(np.where(same, 0.0, error).max(initial=0.0))
+
+
+@dataclass(frozen=True)
+class Check:
+    """A result and what it must be: |actual - reference| <= tolerance * magnitude, as in assert_close."""
+
+    what: str
+    actual: object
+    reference: np.ndarray
+    tolerance: float
+    magnitude: object = None
+
+    def error(self) -> float:
+        return max_error(self.actual, self.reference, self.magnitude)
+
+    def share(self) -> float:
+        """The error as a part of the tolerance: more than 1 is too much."""
+        error = self.error()
+        return error / self.tolerance if self.tolerance else math.inf if error else 0.0
+
+    def verify(self) -> None:
+        assert_close(self.actual, self.reference, self.tolerance, magnitude=self.magnitude)
 
 
 def assert_same_bits(a, b):
@@ -75,6 +112,8 @@ class Backend:
     xp: ModuleType
     ops: object
     shapes: list = field(default_factory=lambda: SHAPES)  # the awkward ones; few where execution is slow
+    device: object = None  # what launches.py asks for the number of multiprocessors; None: the host library
+    padding: int = _PAD  # elements beside an output
 
     @property
     def smallest(self) -> float:
@@ -92,14 +131,15 @@ class Backend:
     def outputs(self, *shape, dtype=np.float32, offset=0):
         """An output full of NaN (integers: -7), and a check that nothing beside it was written."""
         size = int(np.prod(shape))
-        buffer = self.xp.full(_PAD + offset + size + _PAD, _SENTINEL, dtype)
-        out = buffer[_PAD + offset : _PAD + offset + size]
+        begin = self.padding + offset
+        buffer = self.xp.full(begin + size + self.padding, _SENTINEL, dtype)
+        out = buffer[begin : begin + size]
         out[...] = np.nan if np.issubdtype(dtype, np.floating) else -7
         before = to_numpy(buffer).copy()
 
         def assert_surroundings_intact():
             after = to_numpy(buffer)
-            for part in (slice(0, _PAD + offset), slice(_PAD + offset + size, None)):
+            for part in (slice(0, begin), slice(begin + size, None)):
                 assert_same_bits(after[part], before[part])
 
         return out.reshape(shape), assert_surroundings_intact

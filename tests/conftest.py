@@ -1,15 +1,15 @@
 """Back ends for the kernel tests. Tests marked `gpu` are skipped, with the reason, where there is no GPU."""
 
 import functools
-from unittest import mock
 
 import numpy as np
 import pytest
 
 import kernels
-from kernels import cuda, host, plain, simt
+from kernels import cuda, host, plain
 
-from .checks import FEW_SHAPES, Backend
+from .backends import simt_backend
+from .checks import Backend
 
 
 @functools.cache
@@ -22,40 +22,29 @@ def _missing_gpu() -> str:
     return ""
 
 
+def pytest_addoption(parser):
+    parser.addoption("--every-case", action="store_true", help="all cases under the sanitizers (minutes)")
+
+
+@pytest.fixture
+def every_case(request) -> bool:
+    return request.config.getoption("--every-case")
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and _missing_gpu():
             item.add_marker(pytest.mark.skip(reason=_missing_gpu()))
 
 
-class SimtOps:
-    """The ops of `kernels`, with NumPy arrays handed to a SIMT device instead of the host library."""
-
-    def __init__(self, device: simt.Device):
-        self.device = device
-
-    def __getattr__(self, name):
-        def call(*args, **settings):
-            with mock.patch.object(kernels.ops, "_host", lambda: self.device.ops):
-                return getattr(kernels, name)(*args, **settings)
-
-        return call
-
-
-@functools.cache
-def simt_ops(sanitizer: str = "") -> SimtOps:
-    """The ops on a SIMT device, one for the whole session."""
-    return SimtOps(simt.Device(simt.Runner(sanitizer=sanitizer)))
-
-
 def _backend(place: str, ops) -> Backend:
     if place == "simt":
-        return Backend(place, np, simt_ops(), FEW_SHAPES)
+        return simt_backend()
     if place == "host":
         return Backend(place, np, ops)
     import cupy
 
-    return Backend(place, cupy, ops)
+    return Backend(place, cupy, ops, device=cuda)
 
 
 _PLACES = (pytest.param("host", id="host"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu))
@@ -84,20 +73,6 @@ def host_backend() -> Backend:
 def form(request) -> Backend:
     """The compiled ops, on NumPy arrays by the host library and thread by thread, on CuPy arrays; and the plain ops."""
     return _backend(*request.param)
-
-
-@pytest.fixture
-def simt_launches():
-    """Makes the launches of kernels/launches.py on a SIMT device: simt_launches(sanitizer, multiprocessors=0)."""
-    runners = []
-
-    def make(sanitizer: str = "", **settings):
-        runners.append(simt.Runner(sanitizer=sanitizer))
-        return simt.Device(runners[-1], **settings).ops
-
-    yield make
-    for runner in runners:
-        runner.close()
 
 
 @pytest.fixture

@@ -39,10 +39,10 @@ WORKERS = 2
 
 TESTS = tuple(
     f"tests/test_{name}.py"
-    for name in ("launch_shapes", "softmax_cross_entropy", "gather_batch", "bias_act", "optimizer_steps", "determinism",
-                 "host_library")
+    for name in ("launch_shapes", "softmax_cross_entropy", "gather_batch", "bias_act", "optimizer_steps", "sanitizers",
+                 "determinism", "host_library", "host_sanitizers")
 )  # fmt: skip
-SHAPES, XENT, GATHER, BIAS_ACT, STEPS, DETERMINISM, LIBRARY = TESTS
+SHAPES, XENT, GATHER, BIAS_ACT, STEPS, SANITIZERS, *_ = TESTS
 # file -> the tests that most likely notice, and where it runs, unless a mutation says otherwise
 FIRST = {
     "kernels/src/bias_act.cuh": (BIAS_ACT, ""),
@@ -57,7 +57,11 @@ FIRST = {
     "kernels/src/host/stream.h": (STEPS, "host"),
 }
 # pytest -k for the forms of conftest.py, none of them the plain ops, which have no kernel in them
-FORMS = {"": "not plain-host", "simt": "simt or launch_shapes", "host": "not plain-host and not simt"}
+FORMS = {
+    "": "not plain-host",
+    "simt": "simt or launch_shapes or test_sanitizers",
+    "host": "not plain-host and not simt and not test_sanitizers",
+}
 
 
 @dataclass(frozen=True)

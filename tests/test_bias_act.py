@@ -4,44 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.special import expit, ndtr
 
 import kernels
 from kernels import ACTIVATIONS, plain
 
-from .checks import ELEMENTWISE, EPS, OFFSETS, REDUCTION, assert_close, one_misaligned
-
-_TANH = np.sqrt(2.0 / np.pi)
-
-
-def _gelu_tanh(u):
-    return 0.5 * u * (1.0 + np.tanh(_TANH * (u + 0.044715 * u**3)))
-
-
-def _gelu_tanh_slope(u):
-    t = np.tanh(_TANH * (u + 0.044715 * u**3))
-    return 0.5 * (1.0 + t) + 0.5 * u * (1.0 - t**2) * _TANH * (1.0 + 3.0 * 0.044715 * u**2)
-
-
-VALUE = {
-    "identity": lambda u: u,
-    "relu": lambda u: np.maximum(u, 0.0),
-    "leaky_relu": lambda u: np.where(u > 0, u, 0.01 * u),
-    "silu": lambda u: u * expit(u),
-    "gelu": lambda u: u * ndtr(u),
-    "gelu_tanh": _gelu_tanh,
-}
-SLOPE = {  # as torch has them at 0 and at NaN
-    "identity": np.ones_like,
-    "relu": lambda u: np.where(u <= 0, 0.0, 1.0),
-    "leaky_relu": lambda u: np.where(u > 0, 1.0, 0.01),
-    "silu": lambda u: expit(u) * (1.0 + u * expit(-u)),
-    "gelu": lambda u: ndtr(u) + u * np.exp(-0.5 * u**2) / np.sqrt(2.0 * np.pi),
-    "gelu_tanh": _gelu_tanh_slope,
-}
-# Piecewise linear: the sum z + bias, the product and the constant 0.01 are rounded, once each. The others
-# go through 0.5 (1 + erf(u)) and the like, whose error is relative to 1: hence relative to |u| and |dy|.
-RTOL = {a: 3 * EPS if a in ("identity", "relu", "leaky_relu") else ELEMENTWISE for a in ACTIVATIONS}
+from .checks import ELEMENTWISE, OFFSETS, REDUCTION, assert_close, one_misaligned
+from .references import RTOL, SLOPE, VALUE, activation_inputs, gradient_checks
 
 SPECIAL = np.array(
     [0.0, 1e-45, 1e-40, 1.2e-38, 1e-20, 0.5, 1.0, 3.7, 5.0, 5.5, 6.0, 10.0, 88.0, 89.0, 104.0, 1e4, np.inf],
@@ -50,24 +18,15 @@ SPECIAL = np.array(
 SPECIAL = np.concatenate([SPECIAL, -SPECIAL, [np.float32(np.nan)]])
 
 
-def _inputs(rng, B, N):
-    """z, bias, dy in float32; some pre-activations are exactly 0."""
-    z, bias, dy = (rng.normal(0, 3, s).astype(np.float32) for s in ((B, N), N, (B, N)))
-    z[::7] = -bias
-    return z, bias, dy
-
-
 def _assert_gradients(dz, dbias, dy, u, activation):
-    expected = dy * SLOPE[activation](u)
-    assert_close(dz, expected, RTOL[activation], magnitude=np.abs(dy))
-    # Each of the terms may be off by its own tolerance, too.
-    assert_close(dbias, expected.sum(0), REDUCTION, magnitude=np.abs(dy).sum(0))
+    for check in gradient_checks(dz, dbias, dy, u, activation):
+        check.verify()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_forward_on_awkward_shapes(form, rng, activation):
     for B, N in form.shapes:
-        z, bias, _ = _inputs(rng, B, N)
+        z, bias, _ = activation_inputs(rng, B, N)
         u = z.astype(np.float64) + bias
         for offset in OFFSETS:
             out, intact = form.outputs(B, N, offset=offset)
@@ -80,7 +39,7 @@ def test_forward_on_awkward_shapes(form, rng, activation):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_backward_on_awkward_shapes(form, rng, activation):
     for B, N in form.shapes:
-        z, bias, dy = _inputs(rng, B, N)
+        z, bias, dy = activation_inputs(rng, B, N)
         u = (z + bias).astype(np.float64)
         for offset in OFFSETS:
             out, intact = form.outputs(B, N, offset=offset)
@@ -95,7 +54,7 @@ def test_backward_on_awkward_shapes(form, rng, activation):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_inputs_stay_as_they_were(form, rng, activation):
-    z, bias, dy = _inputs(rng, 5, 9)
+    z, bias, dy = activation_inputs(rng, 5, 9)
     arrays = [form.array(x) for x in (z, bias, dy)]
     form.ops.bias_act(arrays[0], arrays[1], activation)
     form.ops.bias_act_backward(arrays[2], arrays[0], activation, arrays[1])
@@ -106,7 +65,7 @@ def test_inputs_stay_as_they_were(form, rng, activation):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_in_place(form, rng, activation):
     for B, N in [(1, 1), (3, 33), (513, 48), (2, 1023)]:
-        z, bias, dy = _inputs(rng, B, N)
+        z, bias, dy = activation_inputs(rng, B, N)
         expected = VALUE[activation](z.astype(np.float64) + bias)
         values, gradient = form.array(z), form.array(dy)
         assert form.ops.bias_act(values, form.array(bias), activation, out=values) is values
@@ -142,31 +101,9 @@ def test_no_columns(form):
         assert dz.shape == (B, 0) and dbias.shape == (0,)
 
 
-@pytest.mark.parametrize("multiprocessors, seed", [(0, 0), (9, 0), (9, 1), (9, 2)])
-def test_simt_few_and_many_blocks(simt_launches, rng, multiprocessors, seed):
-    """On a GPU of 0 multiprocessors one block does everything, in several passes; on one of 9 a last block adds
-    more partial sums than it has row groups, in one column tile and in three. Blocks and threads in several orders.
-    """
-    ops = simt_launches(multiprocessors=multiprocessors, seed=seed)
-    for B, N in [(100, 47), (70, 300), (33, 401)]:
-        z, dy, y = (rng.normal(0, 3, (B, N)).astype(np.float32) for _ in range(3))
-        bias, dbias = rng.normal(0, 3, N).astype(np.float32), np.full(N, np.nan, np.float32)
-        ops.bias_act(z, bias, "leaky_relu", y)
-        assert_close(y, VALUE["leaky_relu"](z.astype(np.float64) + bias), RTOL["leaky_relu"], magnitude=np.abs(z + bias))
-        ops.bias_act_backward(dy, z, bias, "leaky_relu", y, dbias)
-        _assert_gradients(y, dbias, dy, (z + bias).astype(np.float64), "leaky_relu")
-
-
-def test_simt_no_column_is_read_past_the_bias(simt_launches, rng):
-    z, dy, dz = (rng.normal(0, 3, (3, 33)).astype(np.float32) for _ in range(3))
-    bias, dbias = rng.normal(0, 3, 33).astype(np.float32), np.full(33, np.nan, np.float32)
-    simt_launches("address").bias_act_backward(dy, z, bias, "relu", dz, dbias)
-    _assert_gradients(dz, dbias, dy, (z + bias).astype(np.float64), "relu")
-
-
 @pytest.mark.parametrize("activation", ["identity", "relu", "leaky_relu"])
 def test_the_output_serves_as_saved(form, rng, activation):
-    z, bias, dy = _inputs(rng, 65, 47)
+    z, bias, dy = activation_inputs(rng, 65, 47)
     y = form.ops.bias_act(form.array(z), form.array(bias), activation)
     dz, dbias = form.ops.bias_act_backward(form.array(dy), y, activation)
     _assert_gradients(dz, dbias, dy, (z + bias).astype(np.float64), activation)
@@ -201,7 +138,7 @@ def test_far_from_zero_the_smooth_ones_are_exactly_relu(form, activation):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_large_batch(backend, rng, activation):
     """2.4 million elements: the CPU shares them among threads, the GPU fills every multiprocessor."""
-    z, bias, dy = _inputs(rng, 4000, 601)
+    z, bias, dy = activation_inputs(rng, 4000, 601)
     u = z.astype(np.float64) + bias
     out, intact = backend.outputs(*z.shape)
     backend.ops.bias_act(backend.array(z), backend.array(bias), activation, out=out)
@@ -234,7 +171,7 @@ def test_against_torch(form, rng, activation):
         "gelu": torch.nn.functional.gelu,
         "gelu_tanh": lambda u: torch.nn.functional.gelu(u, approximate="tanh"),
     }
-    z, bias, dy = _inputs(rng, 64, 33)
+    z, bias, dy = activation_inputs(rng, 64, 33)
     z.ravel()[: SPECIAL.size] = SPECIAL
     bias[...] = np.where(np.arange(33) < 30, 0.0, bias)
     z64 = torch.tensor(np.where(np.abs(z) < form.smallest, 0.0, z), dtype=torch.float64, requires_grad=True)
@@ -252,7 +189,7 @@ def test_against_torch(form, rng, activation):
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 70), st.integers(1, 70), st.sampled_from(ACTIVATIONS), st.integers(0, 2**32 - 1))
 def test_fused_equals_plain(B, N, activation, seed):
-    z, bias, dy = _inputs(np.random.default_rng(seed), B, N)
+    z, bias, dy = activation_inputs(np.random.default_rng(seed), B, N)
     assert_close(
         kernels.bias_act(z, bias, activation),
         plain.bias_act(z, bias, activation),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from .checks import OFFSETS, assert_close, assert_same_bits
+from .checks import OFFSETS, Check, assert_close, assert_same_bits, max_error
 
 ONES = np.ones((2, 3), np.float32)
 
@@ -63,3 +63,34 @@ def test_writes_beside_an_output_are_noticed(backend, offset):
         out.base[64 + offset + index] = 0.0
         with pytest.raises(AssertionError):
             intact()
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_the_largest_error_is_infinite_where_a_value_is_nan_or_infinite(wrong):
+    bad = ONES.copy()
+    bad[1, 2] = wrong
+    assert max_error(bad, ONES) == max_error(ONES, bad) == np.inf
+    assert max_error(ONES, ONES * 2, np.full((2, 3), wrong)) == np.inf
+    assert max_error(bad, bad) == 0.0
+
+
+def test_the_largest_error_is_relative_to_the_magnitude():
+    actual = ONES.copy()
+    actual[0, 1], actual[1, 0] = 1.5, 0.75
+    assert max_error(actual, ONES) == 0.5
+    assert max_error(actual, ONES, magnitude=np.array([1.0, 10.0, 1.0])) == 0.25
+    assert max_error(actual, ONES, magnitude=0.0) == np.inf, "no error is small beside nothing"
+    assert max_error(ONES[:0], ONES[:0]) == 0.0
+    with pytest.raises(AssertionError, match="shape"):
+        max_error(ONES[0], ONES)
+
+
+def test_a_check_fails_exactly_where_its_error_is_above_its_tolerance():
+    for actual in (1.0, 1.01, 1.5, np.nan):
+        for tolerance in (0.0, 0.1):
+            check = Check("x", np.float32(actual), np.float64(1.0), tolerance)
+            if check.error() <= tolerance:
+                check.verify()
+            else:
+                with pytest.raises(AssertionError, match="1 of 1 values differ"):
+                    check.verify()

@@ -13,41 +13,44 @@ import pytest
 from kernels import ACTIVATIONS, cuda, elementwise, source
 from kernels.launches import Launches
 
+from . import resources
+
 OPTIONS = cuda.OPTIONS + cuda.CUPY_OPTIONS
 
 
 @functools.cache
-def _nvrtc():
+def nvrtc():
     """CuPy's binding of NVRTC, or a skip that says what is missing."""
     pytest.importorskip("cupy", reason="CuPy is not installed")
-    from cupy_backends.cuda.libs import nvrtc
+    from cupy_backends.cuda.libs import nvrtc as binding
 
     try:
-        nvrtc.getVersion()
+        binding.getVersion()
     except (ImportError, OSError, RuntimeError) as error:
         pytest.skip(f"NVRTC cannot be loaded ({error}); run `pip install nvidia-cuda-nvrtc-cu12`")
-    return nvrtc
+    return binding
 
 
-def _compile(text, *options):
-    """The PTX or cubin of `text`, which must compile without a warning."""
-    nvrtc = _nvrtc()
-    program = nvrtc.createProgram(text, "module.cu", (), ())
+def checked(compile, *args):
+    """What `compile` returns, its log last, which must hold no warning."""
+    nvrtc()
     try:
-        try:
-            nvrtc.compileProgram(program, options)
-        except nvrtc.NVRTCError:
-            pytest.fail(nvrtc.getProgramLog(program))
-        assert nvrtc.getProgramLog(program).strip("\0\n ") == ""
-        return nvrtc.getPTX(program)
-    finally:
-        nvrtc.destroyProgram(program)
+        result = compile(*args)
+    except RuntimeError as error:
+        pytest.fail(str(error))
+    assert resources.warnings(result if isinstance(result, str) else result[-1]) == ""
+    return result
+
+
+def compiled(text, *options):
+    """The PTX or cubin of `text`, which must compile without a warning."""
+    return checked(resources.compile_nvrtc, text, *options)[0]
 
 
 @functools.cache
-def _entry_points():
+def entry_points():
     """The module's kernels: name -> PTX types of the parameters, as u64, u32, f32."""
-    ptx = _compile(source.inlined("module.cu"), *OPTIONS, "-arch=compute_90").decode()
+    ptx = compiled(source.inlined("module.cu"), *OPTIONS, "-arch=compute_90").decode()
     kernels = re.findall(r"\.entry (\w+)\(([^)]*)\)", ptx)
     return {name: re.findall(r"\.param \.([bfus]\d+)", parameters) for name, parameters in kernels}
 
@@ -55,14 +58,27 @@ def _entry_points():
 def test_a_warning_would_be_noticed():
     warned = 'extern "C" __global__ void k() { int unused = 1; }'
     with pytest.raises(AssertionError):
-        _compile(warned, *OPTIONS, "-arch=sm_90")
+        compiled(warned, *OPTIONS, "-arch=sm_90")
     with pytest.raises(pytest.fail.Exception, match="undefined"):
-        _compile('extern "C" __global__ void k() { unknown(); }', *OPTIONS, "-arch=sm_90")
+        compiled('extern "C" __global__ void k() { unknown(); }', *OPTIONS, "-arch=sm_90")
+
+
+@functools.cache
+def module_log(architecture):
+    """NVRTC's log of the module, with ptxas's report and no warning; a skip where NVRTC is too old or too new."""
+    if architecture not in nvrtc().getSupportedArchs():
+        pytest.skip(f"NVRTC {'.'.join(map(str, nvrtc().getVersion()))} does not know sm_{architecture}")
+    return checked(resources.nvrtc_log, source.inlined("module.cu"), architecture)
 
 
 @pytest.mark.parametrize("architecture", cuda.ARCHITECTURES)
 def test_module(architecture):
-    _compile(source.inlined("module.cu"), *OPTIONS, f"-arch=sm_{architecture}")
+    module_log(architecture)
+
+
+def test_an_unknown_architecture_is_an_error_in_words():
+    with pytest.raises(pytest.fail.Exception, match="(?i)gpu-architecture|-arch"):
+        compiled(source.inlined("module.cu"), *OPTIONS, "-arch=sm_999")
 
 
 def test_module_text_is_complete():
@@ -85,6 +101,9 @@ class _Recorder:
 
     def multiprocessors(self):
         return 132
+
+    def room(self):
+        return 8
 
     def counters(self, count):
         return np.zeros(count, np.uint32)
@@ -131,7 +150,7 @@ def _launches():
 def test_every_launch_fits_its_kernel():
     """The number and the kinds of the arguments; a Python number would be passed as 8 bytes."""
     for name, _, _, args in _launches():
-        parameters = _entry_points()[name]
+        parameters = entry_points()[name]
         assert len(args) == len(parameters), name
         for position, (argument, ptx) in enumerate(zip(args, parameters, strict=True)):
             kinds = {"u64", "b64"} if isinstance(argument, np.ndarray) else _PTX_TYPES[type(argument)]
@@ -140,7 +159,7 @@ def test_every_launch_fits_its_kernel():
 
 def test_every_kernel_is_launched():
     """No entry point that nothing uses."""
-    assert {name for name, *_ in _launches()} == set(_entry_points())
+    assert {name for name, *_ in _launches()} == set(entry_points())
 
 
 @functools.cache
@@ -185,7 +204,7 @@ def _elementwise_text(s: elementwise.Specification) -> str:
 @pytest.mark.parametrize("name", elementwise.SPECIFICATIONS)
 def test_elementwise(name):
     """Together with CuPy's headers, whose names must not collide with the sources'."""
-    _compile(_elementwise_text(elementwise.SPECIFICATIONS[name]), *OPTIONS, *_cupy_includes(), "-arch=sm_90")
+    compiled(_elementwise_text(elementwise.SPECIFICATIONS[name]), *OPTIONS, *_cupy_includes(), "-arch=sm_90")
 
 
 def test_elementwise_has_every_pointwise_op():

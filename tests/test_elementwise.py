@@ -5,8 +5,8 @@ import pytest
 from kernels import ACTIVATIONS, elementwise
 
 from .checks import SHAPES, Backend, assert_close
-from .test_bias_act import RTOL, SLOPE, VALUE, _inputs
-from .test_optimizer_steps import ADAM_CASES, SGD_CASES, SIZES, _assert_adam, _assert_sgd, _state
+from .references import ADAM_CASES, RTOL, SGD_CASES, SLOPE, VALUE, activation_inputs, optimizer_state
+from .test_optimizer_steps import SIZES, _assert_adam, _assert_sgd
 
 pytestmark = pytest.mark.gpu
 
@@ -20,7 +20,7 @@ def cuda():
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_bias_act(cuda, rng, activation):
     for B, N in SHAPES:
-        z, bias, dy = _inputs(rng, B, N)
+        z, bias, dy = activation_inputs(rng, B, N)
         u = z.astype("f8") + bias
         out, intact = cuda.outputs(B, N, offset=1)
         elementwise.bias_act(cuda.array(z), cuda.array(bias), activation, out=out)
@@ -32,7 +32,7 @@ def test_bias_act(cuda, rng, activation):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_strides_and_broadcasting(cuda, rng, activation):
-    z, bias, dy = _inputs(rng, 33, 47)
+    z, bias, dy = activation_inputs(rng, 33, 47)
     transposed = cuda.array(z.T).T
     u = z.astype("f8") + bias
     y = elementwise.bias_act(transposed, cuda.array(bias), activation)
@@ -48,10 +48,10 @@ def test_strides_and_broadcasting(cuda, rng, activation):
 def test_adam(cuda, rng, case):
     for P in SIZES:
         for step in (1, 1000):
-            _assert_adam(cuda, _state(rng, P, fresh=step == 1), step=step, **ADAM_CASES[case])
+            _assert_adam(cuda, optimizer_state(rng, P, fresh=step == 1), step=step, **ADAM_CASES[case])
 
 
 @pytest.mark.parametrize("case", SGD_CASES)
 def test_sgd(cuda, rng, case):
     for P in SIZES:
-        _assert_sgd(cuda, _state(rng, P, fresh=False)[:3], with_velocity=True, **SGD_CASES[case])
+        _assert_sgd(cuda, optimizer_state(rng, P, fresh=False)[:3], with_velocity=True, **SGD_CASES[case])

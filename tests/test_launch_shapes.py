@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kernels import launches, source
 
-MULTIPROCESSORS = st.integers(1, 200)
+MULTIPROCESSORS, ROOM = st.integers(1, 200), st.sampled_from((4, 6, 8))
 SIZES = st.one_of(st.integers(0, 5000), st.integers(0, 2**40))
 LIMITS_GRID, LIMITS_BLOCK = (2**31 - 1, 65535, 65535), (1024, 1024, 64)
 moderate = settings(deadline=None, max_examples=100)
@@ -29,14 +29,15 @@ def _ceil(a, b):
 
 
 @moderate
-@given(SIZES, MULTIPROCESSORS)
-@example(2**62, 1)
-def test_flat(elements, multiprocessors):
-    grid, block = launches.flat_shape(elements, multiprocessors)
+@given(SIZES, MULTIPROCESSORS, ROOM)
+@example(2**62, 1, 8)
+def test_flat(elements, multiprocessors, room):
+    grid, block = launches.flat_shape(elements, multiprocessors, room)
     _assert_within_limits(grid, block)
-    blocks = _ceil(elements, 4 * block[0])
+    blocks, wave = _ceil(elements, 4 * block[0]), room * multiprocessors
     assert grid[0] <= max(1, blocks), "a block without work"
-    assert grid[0] >= min(blocks, 8 * multiprocessors), "8 blocks of 256 threads fill a multiprocessor"
+    assert min(blocks, wave) <= grid[0], "fewer blocks than fill the GPU"
+    assert grid[0] <= wave or grid[0] == min(blocks, 4 * wave), "a last wave that is short without need"
 
 
 @moderate
@@ -53,25 +54,25 @@ def test_tiles(B, N, multiprocessors):
     rows = _ceil(B, row_blocks)
     assert row_blocks * rows >= B
     assert row_blocks <= max(1, _ceil(B, launches.TILE_ROWS)), "a block without a row for each of its row groups"
-    # The last block adds row_blocks partial sums, so there may be no more of them than fill the GPU.
-    assert (row_blocks - 1) * tiles < max(1, 4 * multiprocessors)
-    if B >= 8 * launches.TILE_ROWS * multiprocessors:
-        assert tiles * row_blocks >= 4 * multiprocessors, "fewer blocks than fill the GPU"
+    slots = launches.TILE_BLOCKS * multiprocessors
+    assert row_blocks == 1 or tiles * row_blocks <= slots, "a second wave"
+    if B >= launches.TILE_ROWS * slots:
+        assert tiles * (row_blocks + 1) > slots, "fewer blocks than fill the GPU"
 
 
 @moderate
-@given(SIZES, MULTIPROCESSORS)
-@example(2**40, 200)
-def test_rows(B, multiprocessors):
-    grid, block = launches.row_shape(B, multiprocessors)
+@given(SIZES, st.integers(1, 2000), MULTIPROCESSORS, ROOM)
+@example(2**40, 47, 200, 8)
+def test_rows(B, C, multiprocessors, room):
+    grid, block = launches.row_shape(B, C, multiprocessors, room)
     _assert_within_limits(grid, block)
-    blocks = _ceil(B, block[0] // 32)
-    assert min(blocks, 2 * multiprocessors) <= grid[0] <= max(1, min(blocks, 8 * multiprocessors))
+    resident = min(room, launches.ROW_BLOCKS[launches.softmax_items(C)])
+    assert grid[0] == max(1, min(_ceil(B, block[0] // 32), resident * multiprocessors))
 
 
 def test_a_small_batch_still_spreads_over_the_gpu():
     """A batch of 512 in one block per 128 rows would use 4 of the 132 multiprocessors of an H100."""
-    assert launches.row_shape(512, 132)[0][0] >= 64
+    assert launches.row_shape(512, 47, 132, 8)[0][0] >= 64
     for N in (47, 120, 240, 400):
         tiles, row_blocks = launches.tile_shape(512, N, 132)[0]
         assert tiles * row_blocks >= 64
@@ -79,10 +80,10 @@ def test_a_small_batch_still_spreads_over_the_gpu():
 
 @pytest.mark.parametrize("C", [*range(1, 70), *range(1000, 1030), 2**31 - 1])
 def test_softmax_kernel_holds_the_row(C):
-    items = int(launches.softmax_kernel(C).removeprefix("softmax_xent_"))
-    smaller = [n for n in launches.REGISTER_ROWS if n < items]
+    items = launches.softmax_items(C)
+    smaller = [n for n in launches.ROW_BLOCKS if 0 < n < items]
     if items == 0:
-        assert C > 32 * max(launches.REGISTER_ROWS)
+        assert C > 32 * max(launches.ROW_BLOCKS)
     else:
         assert 32 * items >= C and all(32 * n < C for n in smaller)
 
@@ -91,6 +92,7 @@ def test_the_numbers_shared_with_the_sources_agree():
     text = source.inlined("module.cu")
     assert f"TILE_COLUMNS = {launches.TILE_COLUMNS}, TILE_ROWS = {launches.TILE_ROWS};" in text
     assert f"XENT_THREADS = {launches.THREADS};" in text
-    assert set(re.findall(r"KERNEL\((\w+)\)", text)) == {"threads", str(launches.THREADS), "XENT_THREADS"}
-    register_rows = {int(n) for n in re.findall(r"^SOFTMAX_XENT\((\d+)\)", text, re.MULTILINE)}
-    assert register_rows == {0, *launches.REGISTER_ROWS}
+    assert f"__launch_bounds__({launches.THREADS}, " in text
+    assert f"KERNEL({launches.TILE_BLOCKS}) bias_act_backward_" in text
+    rows = re.findall(r"^SOFTMAX_XENT\((\d+), (\d+)\)", text, re.MULTILINE)
+    assert {int(items): int(blocks) for items, blocks in rows} == launches.ROW_BLOCKS

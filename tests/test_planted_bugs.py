@@ -47,6 +47,7 @@ ARGUMENTS = {
     "uninitialised_output": lambda: (_x(), _y()),
     "left_before_barrier": lambda: (_y(),),
     "divergent_barriers": lambda: (_y(),),
+    "part_of_a_warp": lambda: (_y(),),
     "wrong_mask": lambda: (_x(16),),
     "not_in_mask": lambda: (np.zeros(32, np.int32),),
     "assumes_block_order": lambda: (_x(5), _y(5), np.zeros(1, np.uint32), _y(1)),
@@ -125,6 +126,10 @@ def test_barriers_that_some_threads_do_not_reach(runners):
     _caught(runners[""], "divergent_barriers", r"32 threads wait at __syncthreads.*, 32 threads wait at __syncthreads")
 
 
+def test_a_barrier_that_part_of_a_warp_passes_by(runners):
+    _caught(runners[""], "part_of_a_warp", r"48 threads wait at __syncthreads.*, 16 threads wait at __syncthreads")
+
+
 def test_masks(runners):
     _caught(runners[""], "wrong_mask", r"__shfl_xor_sync \(line \d+\): lane 0 reads lane 16, which does not take part")
     _caught(runners[""], "not_in_mask", r"__any_sync \(line \d+\): lane 16 is not in its own mask 0000ffff")
@@ -168,7 +173,7 @@ def test_a_write_to_a_read_only_array_is_noticed(runners):
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_vocabulary(runners, flavour):
     """Shuffles, votes and indices give what the CUDA C++ Programming Guide says."""
-    y = np.full((2, 10, 32), -7, np.int32)
+    y = np.full((2, 11, 32), -7, np.int32)
     runners[flavour].launch("vocabulary", (1, 3), (64,), (y,), seed=5)
     lane = np.arange(32)
     half = np.where(lane < 16, 0xFFFF, 0xFFFF0000)
@@ -182,6 +187,7 @@ def test_vocabulary(runners, flavour):
         6: lane >= 16,
         8: lane ^ 1,
         9: lane,
+        10: lane % 16,  # a lane reads earlier segments, and for later ones itself
     }
     for warp in y:
         for row, values in expected.items():

@@ -9,50 +9,26 @@ from hypothesis.extra import numpy as hnp
 import kernels
 from kernels import plain
 
+from . import case
+from .backends import simt_backend
 from .checks import ELEMENTWISE, EPS, OFFSETS, REDUCTION, assert_close, assert_same_bits, to_numpy
+from .references import dlogits_check, logits_and_labels, loss_check
+from .references import softmax_cross_entropy as reference
 
 MORE_CLASSES = [(3, 1024), (3, 1025), (2, 5000)]  # around the most classes that a GPU row keeps in registers
 
 
-def reference(logits, labels, scale):
-    """Row losses, dlogits, softmax and the number of rows that are right, in float64; valid labels only."""
-    x = logits.astype(np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        shifted = x - x.max(axis=1, keepdims=True)
-        e = np.exp(shifted)
-        total = e.sum(axis=1, keepdims=True)
-        losses = np.log(total[:, 0]) - np.take_along_axis(shifted, labels[:, None], 1)[:, 0]
-        softmax = e / total
-    onehot = np.arange(x.shape[1]) == labels[:, None]
-    right = np.count_nonzero((x.argmax(axis=1) == labels) & ~np.isnan(losses))
-    return losses, scale * (softmax - onehot), softmax, right
-
-
-def _assert_dlogits(form, dlogits, expected, softmax, scale):
-    """The reduction's tolerance relative to softmax, and where 1 is subtracted a rounding's relative to 1.
-
-    An exponential of the smallest float32 or less may be lost, and so may its product with the scale.
-    """
-    onehot = np.abs(scale * softmax - expected) > 0.5 * scale
-    bound = scale * (REDUCTION * softmax + ELEMENTWISE * onehot)
-    assert_close(dlogits, expected, 1.0, atol=2 * form.smallest * max(1.0, scale), magnitude=bound)
+def _assert_dlogits(*args):
+    dlogits_check(*args).verify()
 
 
 def _assert_sum(actual, losses, scale=1.0):
-    """log(sum of exponentials) is off by the sum's relative error: a row's loss is relative to 1 + loss."""
-    magnitude = scale * (1.0 + np.abs(losses)).sum()
-    assert_close(actual, np.float64(scale * losses.sum()), REDUCTION, magnitude=magnitude)
-
-
-def _inputs(rng, B, C):
-    """Logits, each row to its own scale, and labels."""
-    logits = rng.normal(0, 1, (B, C)) * 10.0 ** rng.uniform(-2, 2, (B, 1))
-    return logits.astype(np.float32), rng.integers(0, C, B).astype(np.int32)
+    loss_check("sum", actual, losses, scale).verify()
 
 
 def test_awkward_shapes(form, rng):
     for B, C in form.shapes + MORE_CLASSES:
-        logits, labels = _inputs(rng, B, C)
+        logits, labels = logits_and_labels(rng, B, C)
         scale = 1.0 / B if B else np.nan
         losses, expected, softmax, right = reference(logits, labels, scale)
         for offset in OFFSETS:
@@ -73,7 +49,7 @@ def test_awkward_shapes(form, rng):
 
 def test_in_place(form, rng):
     for B, C in [(1, 1), (513, 47), (7, 1023), (3, 2000)]:
-        logits, labels = _inputs(rng, B, C)
+        logits, labels = logits_and_labels(rng, B, C)
         losses, expected, softmax, _ = reference(logits, labels, 1.0 / B)
         array = form.array(logits)
         loss, dlogits = form.ops.softmax_cross_entropy(array, form.array(labels, np.int32), out=array)
@@ -82,31 +58,16 @@ def test_in_place(form, rng):
         _assert_dlogits(form, dlogits, expected, softmax, 1.0 / B)
 
 
-def test_simt_in_place_without_a_race(simt_launches, rng):
-    """The lane that has the label's column must not write before the others have read it."""
-    ops = simt_launches("thread")
-    for C in (47, 1100):
-        logits, labels = _inputs(rng, 3, C)
-        losses = reference(logits, labels, 1.0)[0]
-        loss = np.full((), np.nan, np.float32)
-        ops.softmax_cross_entropy(logits, labels, 1.0, logits, loss, None)
-        _assert_sum(loss, losses)
-
-
-def test_simt_more_blocks_than_the_last_one_has_threads(simt_launches, rng):
+def test_simt_more_blocks_than_the_last_one_has_threads():
     """258 blocks: two of the last block's threads add two partial sums each."""
-    logits, labels = _inputs(rng, 8 * 257 + 1, 2)
-    losses, _, _, right = reference(logits, labels, 1.0)
-    loss, totals = np.full((), np.nan, np.float32), np.zeros(2)
-    simt_launches(multiprocessors=33).softmax_cross_entropy(logits, labels, 1.0, logits, loss, totals)
-    _assert_sum(loss, losses)
-    assert totals[1] == right
+    for check in case.softmax_cross_entropy(8 * 257 + 1, 2, multiprocessors=33).run(simt_backend()):
+        check.verify()
 
 
 @pytest.mark.parametrize("shape", [(20_000, 47), (3000, 400)])
 def test_large_batch(backend, rng, shape):
     """Enough work for the CPU to share among threads, and for several waves of blocks on a GPU."""
-    logits, labels = _inputs(rng, *shape)
+    logits, labels = logits_and_labels(rng, *shape)
     losses, expected, softmax, right = reference(logits, labels, 1.0 / shape[0])
     out, intact = backend.outputs(*shape)
     totals = backend.array([0.0, 0.0], np.float64)
@@ -165,7 +126,7 @@ def test_a_million_equal_losses(backend):
 @pytest.mark.parametrize("bad", [-1, 5, 6, 2**31 - 1, -(2**31)])
 def test_a_label_out_of_range_spoils_its_own_row_and_the_loss(form, rng, bad):
     """logits[row, +-2**31] is 8 GB away: reading it would end the process."""
-    logits, labels = _inputs(rng, 40, 5)
+    logits, labels = logits_and_labels(rng, 40, 5)
     _, expected, softmax, _ = reference(logits, labels, 1.0)
     labels[17], expected[17] = bad, np.nan
     others = np.arange(40) != 17
@@ -182,7 +143,7 @@ def test_a_label_out_of_range_spoils_its_own_row_and_the_loss(form, rng, bad):
 @pytest.mark.parametrize("at_label", [True, False])
 def test_nan_and_infinity_spoil_their_own_row_and_the_loss(form, rng, value, at_label):
     for C in (2, 47, 1500):
-        logits, labels = _inputs(rng, 9, C)
+        logits, labels = logits_and_labels(rng, 9, C)
         logits[4, labels[4] if at_label else labels[4] - 1] = value
         totals = form.array([0.0, 0.0], np.float64)
         _, expected, softmax, right = reference(logits, labels, 1.0)
@@ -216,7 +177,7 @@ def test_totals_add_up_over_calls(form, rng):
     totals = form.array([10.0, 3.0], np.float64)
     losses, right = [np.array([10.0])], 3
     for B in (5, 64, 1):
-        logits, labels = _inputs(rng, B, 11)
+        logits, labels = logits_and_labels(rng, B, 11)
         form.ops.softmax_cross_entropy(
             form.array(logits), form.array(labels, np.int32), scale=0.1, totals=totals
         )
@@ -227,7 +188,7 @@ def test_totals_add_up_over_calls(form, rng):
 
 
 def test_chunks_with_the_batch_scale_add_up_to_the_batch(backend, rng):
-    logits, labels = _inputs(rng, 100, 47)
+    logits, labels = logits_and_labels(rng, 100, 47)
     loss, dlogits = backend.ops.softmax_cross_entropy(backend.array(logits), backend.array(labels, np.int32))
     parts = [
         backend.ops.softmax_cross_entropy(
@@ -242,7 +203,7 @@ def test_chunks_with_the_batch_scale_add_up_to_the_batch(backend, rng):
 def test_against_torch(form, rng):
     torch = pytest.importorskip("torch")
     for B, C in [(1, 1), (64, 47), (33, 1023)]:
-        logits, labels = _inputs(rng, B, C)
+        logits, labels = logits_and_labels(rng, B, C)
         x = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
         expected = torch.nn.functional.cross_entropy(x, torch.tensor(labels, dtype=torch.int64))
         expected.backward()

@@ -111,7 +111,7 @@ DEVICE void bias_act_backward_block(const float* dy, const float* saved, const f
   const index_t rows_per_block = (B + gridDim.y - 1) / gridDim.y;
   const index_t begin = blockIdx.y * rows_per_block;
   const index_t end = begin + rows_per_block < B ? begin + rows_per_block : B;
-  for (index_t r = begin + threadIdx.y; r < end; r += TILE_ROWS) {
+  ROLLED for (index_t r = begin + threadIdx.y; r < end; r += TILE_ROWS) {
     const index_t row = r * N + first;
     if (vector) {
       if (first + slot[0] < N) {

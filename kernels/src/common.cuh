@@ -8,10 +8,12 @@
 #ifdef __CUDACC__
 #define DEVICE __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")
 #define INDEPENDENT
 #else
 #define DEVICE inline __attribute__((always_inline))
 #define UNROLL
+#define ROLLED
 #ifdef __clang__
 #define INDEPENDENT _Pragma("clang loop vectorize(enable) interleave(enable)")
 #else
@@ -46,8 +48,11 @@ template <int W> DEVICE Pack<W> load(const float* p) {
 }
 
 template <int W> DEVICE void store(float* p, const Pack<W>& x) {
-  if constexpr (W == 4) *reinterpret_cast<float4*>(p) = make_float4(x.v[0], x.v[1], x.v[2], x.v[3]);
-  else UNROLL for (int k = 0; k < W; ++k) p[k] = x.v[k];
+  if constexpr (W == 4) {
+    *reinterpret_cast<float4*>(p) = make_float4(x.v[0], x.v[1], x.v[2], x.v[3]);
+  } else {  // in braces: to NVRTC 12.1 a pragma after `else` does not precede a statement
+    UNROLL for (int k = 0; k < W; ++k) p[k] = x.v[k];
+  }
 }
 
 DEVICE float infinity() { return __int_as_float(0x7f800000); }
@@ -95,15 +100,16 @@ struct Group {
 };
 
 // The elements [0, n) of flat arrays that belong to this thread: f(Width<W>, i), W elements from i on.
-// `vector` says that every array starts on 16 bytes.
+// `vector` says that every array starts on 16 bytes. The loops stay rolled: outputs may be inputs, so no load can
+// move before the store of the iteration ahead of it, and unrolling would buy nothing for its registers.
 struct Range {
   index_t n;
   template <class F> DEVICE void for_each(bool vector, F f) const {
     const index_t thread = blockIdx.x * (index_t)blockDim.x + threadIdx.x;
     const index_t threads = gridDim.x * (index_t)blockDim.x;
     const index_t packed = vector ? n / 4 : 0;
-    for (index_t q = thread; q < packed; q += threads) f(Width<4>{}, 4 * q);
-    for (index_t i = 4 * packed + thread; i < n; i += threads) f(Width<1>{}, i);
+    ROLLED for (index_t q = thread; q < packed; q += threads) f(Width<4>{}, 4 * q);
+    ROLLED for (index_t i = 4 * packed + thread; i < n; i += threads) f(Width<1>{}, i);
   }
 };
 
@@ -118,14 +124,17 @@ struct Rows {
     if (n == 0) return;  // no division by a width of 0
     const index_t thread = blockIdx.x * (index_t)blockDim.x + threadIdx.x;
     const index_t threads = gridDim.x * (index_t)blockDim.x;
-    const index_t packed = vector && columns >= 4 ? n / 4 : 0;
-    const index_t hop = 4 * threads % columns;
-    index_t j = 4 * thread % columns;
-    for (index_t q = thread; q < packed; q += threads) {
-      f(Width<4>{}, 4 * q, j);
-      j = wrap(j + hop);
+    index_t i = thread;
+    if (vector && columns >= 4) {
+      const index_t hop = 4 * threads % columns;
+      index_t j = 4 * thread % columns;
+      ROLLED for (index_t p = 4 * thread; p < n - 3; p += 4 * threads) {
+        f(Width<4>{}, p, j);
+        j = wrap(j + hop);
+      }
+      i += n / 4 * 4;
     }
-    for (index_t i = 4 * packed + thread; i < n; i += threads) f(Width<1>{}, i, i % columns);
+    ROLLED for (; i < n; i += threads) f(Width<1>{}, i, i % columns);
   }
 };
 

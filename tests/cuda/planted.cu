@@ -113,6 +113,17 @@ template <bool wrong> __device__ void divergent_barriers(float* x) {
 }
 PLANTED(divergent_barriers, (float* x), (x))
 
+// A quarter of the block goes past the first barrier, among them half of a warp.
+template <bool wrong> __device__ void part_of_a_warp(float* x) {
+  if (!wrong || threadIdx.x < 48) {
+    x[threadIdx.x] = 1.0f;
+    __syncthreads();
+  }
+  __syncthreads();
+  x[threadIdx.x] = 2.0f;
+}
+PLANTED(part_of_a_warp, (float* x), (x))
+
 // Half of the warp is gone when the other half shuffles with the whole warp.
 template <bool wrong> __device__ void wrong_mask(float* x) {
   const int lane = threadIdx.x % 32;
@@ -159,11 +170,11 @@ template <bool wrong> __device__ void overflow(float* x, int rows) {
 }
 PLANTED(overflow, (float* x, int rows), (x, rows))
 
-// Every built-in that the other kernels here do not use: y[0..9][lane].
+// Every built-in that the other kernels here do not use: 11 rows of 32 results for each warp.
 KERNEL vocabulary(int* y) {
   const int lane = threadIdx.x % 32;
   const unsigned half = lane < 16 ? 0xffffu : 0xffff0000u;
-  int* out = y + 32 * (threadIdx.x / 32) * 10 + lane;
+  int* out = y + 32 * (threadIdx.x / 32) * 11 + lane;
   out[0] = __shfl_sync(half, lane, 3, 16);
   out[32] = __shfl_up_sync(0xffffffffu, lane, 2u);
   out[64] = __shfl_down_sync(0xffffffffu, lane, 2u);
@@ -175,6 +186,7 @@ KERNEL vocabulary(int* y) {
   out[256] = (int)(__shfl_xor_sync(0xffffffffu, 1e10 + lane, 1) - 1e10);
   __syncwarp(half);
   out[288] = __float_as_int(__int_as_float(lane));
+  out[320] = __shfl_xor_sync(0xffffffffu, lane, 16, 16);
 }
 
 // Atomics, on one word each from every thread.

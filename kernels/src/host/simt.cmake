@@ -1,48 +1,64 @@
 # Runners that execute the kernels of one CUDA source on the host (simt.h), without and with sanitizers:
 #   cmake -S . -B build/simt -DMLP_SIMT=kernels/src/module.cu && cmake --build build/simt
-#     ->  build/simt/simt, simt-thread, simt-address, simt-undefined; each of them is a --target, too
+#     ->  build/simt/simt, simt-thread, simt-address, simt-undefined; each is a --target, too
+# Of a .cpp they call the exported functions as they are.
 get_filename_component(simt_source ${MLP_SIMT} ABSOLUTE BASE_DIR ${CMAKE_SOURCE_DIR})
 set(simt_host ${CMAKE_CURRENT_LIST_DIR})
 
+if(simt_source MATCHES "\\.cpp$")
+  set(simt_definitions SIMT_PLAIN KERNELS_SOURCE_HASH="")
+  set(simt_preprocess -DKERNELS_SOURCE_HASH="")
+  set(simt_head "visibility\\(\"default\"\\)\\)\\) void +")
+else()
+  set(simt_scheduler ${simt_host}/simt.cpp)
+  set(simt_preprocess -D__CUDACC__)
+  set(simt_head "__global__ +void +(__launch_bounds__ *\\([^)]*\\) *)?")
+endif()
+
 # The kernels' names, from the source after the preprocessor, where macros that make them are expanded.
-execute_process(COMMAND ${CMAKE_CXX_COMPILER} -E -P -D__CUDACC__ -x c++ ${simt_source}
+execute_process(COMMAND ${CMAKE_CXX_COMPILER} -std=c++17 -E -P ${simt_preprocess} -x c++ ${simt_source}
                 OUTPUT_VARIABLE text ERROR_VARIABLE error RESULT_VARIABLE failed)
 if(failed)
   message(FATAL_ERROR "${simt_source} cannot be read: ${error}")
 endif()
-string(REGEX MATCHALL "__global__ +void +(__launch_bounds__ *\\([^)]*\\) *)?[A-Za-z_0-9]+ *\\(" heads "${text}")
+string(REGEX MATCHALL "${simt_head}[A-Za-z_0-9]+ *\\(" heads "${text}")
 set(table "")
 foreach(head IN LISTS heads)
   string(REGEX REPLACE ".*[ )]([A-Za-z_0-9]+) *\\($" "\\1" name "${head}")
   string(APPEND table "SIMT_ENTRY(${name})\n")
 endforeach()
 if(NOT table)
-  message(FATAL_ERROR "${simt_source} has no line '__global__ void name(...)'")
+  message(FATAL_ERROR "${simt_source} has no kernel: no line matches '${simt_head}name('")
 endif()
 file(GENERATE OUTPUT ${CMAKE_BINARY_DIR}/simt_table.inc CONTENT "${table}")
 get_filename_component(simt_folder ${simt_source} DIRECTORY)
-file(GLOB simt_dependencies CONFIGURE_DEPENDS ${simt_folder}/*.cu ${simt_folder}/*.cuh)
+file(GLOB simt_dependencies CONFIGURE_DEPENDS ${simt_folder}/*.cu ${simt_folder}/*.cuh ${simt_host}/*.cpp)
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${simt_source} ${simt_dependencies})
 
 find_package(Threads REQUIRED)
-add_library(simt_runtime STATIC ${simt_host}/simt.cpp ${simt_host}/simt_runner.cpp)
+add_library(simt_runtime STATIC ${simt_host}/simt_runner.cpp ${simt_scheduler})
 target_compile_features(simt_runtime PUBLIC cxx_std_17)
 target_compile_options(simt_runtime PRIVATE -O2 -Wall -Wextra)
 target_link_libraries(simt_runtime PUBLIC Threads::Threads)
 
 function(add_simt_runner name)
   add_executable(${name} ${simt_host}/simt_kernels.cpp)
-  target_compile_definitions(${name} PRIVATE SIMT_SOURCE="${simt_source}" SIMT_TABLE="${CMAKE_BINARY_DIR}/simt_table.inc")
+  target_compile_definitions(${name} PRIVATE SIMT_SOURCE="${simt_source}" SIMT_TABLE="${CMAKE_BINARY_DIR}/simt_table.inc"
+                             ${simt_definitions})
+  if(ARGN)
+    target_compile_definitions(${name} PRIVATE KERNELS_ORDINARY_STORES)  # see stream.h
+  endif()
+  # Two checks that cost nothing are in all of them: a CPU goes on where a misaligned access ends a GPU's kernel, and
+  # a compiler leaves out a division by zero whose result it does not need.
+  set(checks -fsanitize=alignment,integer-divide-by-zero -fno-sanitize-recover=all)
   # An uninitialised variable holds a pattern; no fused multiply-add, no vectors: nothing between a kernel and its meaning.
   target_compile_options(${name} PRIVATE -O1 -g -fdata-sections -ffp-contract=off -ftrivial-auto-var-init=pattern
-                         -Wall -Wextra -Wno-unknown-pragmas -Wno-unused-function ${ARGN})
-  target_link_options(${name} PRIVATE ${ARGN} -Wl,-T,${simt_host}/simt.ld)
+                         -Wall -Wextra -Wno-unknown-pragmas -Wno-unused-function ${checks} ${ARGN})
+  target_link_options(${name} PRIVATE ${checks} ${ARGN} -Wl,-T,${simt_host}/simt.ld)
   target_link_libraries(${name} PRIVATE simt_runtime)
 endfunction()
 
-# Without a sanitizer, but for two checks that cost nothing: a CPU goes on where a misaligned access ends a GPU's
-# kernel, and a compiler leaves out a division by zero whose result it does not need.
-add_simt_runner(simt -fsanitize=alignment,integer-divide-by-zero -fno-sanitize-recover=all)
+add_simt_runner(simt)
 add_simt_runner(simt-thread -fsanitize=thread)
 add_simt_runner(simt-address -fsanitize=address)
-add_simt_runner(simt-undefined -fsanitize=undefined,float-cast-overflow -fno-sanitize-recover=all)
+add_simt_runner(simt-undefined -fsanitize=undefined,float-cast-overflow)

@@ -30,6 +30,7 @@ extern unsigned char simt_shared_begin[], simt_shared_end[];
 
 namespace simt {
 
+const bool one_thread_at_a_time = true;
 thread_local dim3 thread_index, block_index, block_size, grid_size;
 
 namespace {
@@ -73,8 +74,12 @@ class Grid {
  public:
   explicit Grid(const Launch& launch)
       : launch(launch), threads(launch.block.x * launch.block.y * launch.block.z),
-        blocks((std::uint64_t)launch.grid.x * launch.grid.y * launch.grid.z), lanes(threads), order(threads), random(launch.seed) {
+        lanes(threads), order(threads), sequence((std::size_t)launch.grid.x * launch.grid.y * launch.grid.z),
+        random(launch.seed), warps((threads + 31) / 32) {
     std::iota(order.begin(), order.end(), 0u);
+    std::iota(sequence.begin(), sequence.end(), 0u);
+    if (launch.seed == 1) std::reverse(sequence.begin(), sequence.end());
+    if (launch.seed > 1) std::shuffle(sequence.begin(), sequence.end(), random);
   }
 
   void run() {
@@ -85,13 +90,12 @@ class Grid {
     for (std::thread& t : all) t.join();
   }
 
-  void sync_threads(int line) {
-    wait(AT_BARRIER, line, barrier.now());
-  }
+  void sync_threads(int line) { wait(AT_BARRIER, line, barrier.now()); }
 
   const Exchange& exchange(const char* intrinsic, unsigned mask, std::uint64_t value, int line, bool orders_memory) {
     Lane& lane = lanes[me];
-    if (!(mask >> me % 32 & 1)) stuck("%s (line %d): lane %u is not in its own mask %08x", intrinsic, line, me % 32, mask);
+    if (!(mask >> me % 32 & 1))
+      stuck("%s (line %d): lane %u is not in its own mask %08x", intrinsic, line, me % 32, mask);
     lane.intrinsic = intrinsic;
     lane.mask = mask;
     lane.value = value;
@@ -111,7 +115,8 @@ class Grid {
  private:
   void live(unsigned index) {
     me = index;
-    thread_index = {index % launch.block.x, index / launch.block.x % launch.block.y, index / launch.block.x / launch.block.y};
+    const unsigned width = launch.block.x, height = launch.block.y;
+    thread_index = {index % width, index / width % height, index / width / height};
     block_size = launch.block;
     grid_size = launch.grid;
     take_turn();
@@ -149,13 +154,11 @@ class Grid {
   // Nobody is ready: let the lanes of complete meetings go on.
   void resolve() {
     for (unsigned first = 0; first < threads; first += 32) resolve_warp(first, std::min(threads, first + 32));
-    if (!collect()) {
-      const unsigned waiting = count(AT_BARRIER);
-      if (waiting == threads && same_line()) pass_barrier();
-      else if (count(RETURNED) == threads) next_block();
-      else stuck("%s", who_waits().c_str());
-      collect();
-    }
+    if (collect()) return;
+    if (count(AT_BARRIER) == threads && same_line()) pass_barrier();
+    else if (count(RETURNED) == threads) next_block();
+    else stuck("%s", who_waits().c_str());
+    collect();
   }
 
   // A meeting of a warp is complete when every lane of its mask that has not returned is there.
@@ -182,7 +185,7 @@ class Grid {
     }
   }
 
-  // Queues the lanes that are ready, in this launch's order; false where there are none.
+  // Queues the lanes that are ready, the first at the end; false where there are none.
   bool collect() {
     if (launch.seed > 1) std::shuffle(order.begin(), order.end(), random);
     for (unsigned k : order) if (lanes[k].state == READY) queue.push_back(k);
@@ -191,15 +194,9 @@ class Grid {
   }
 
   void start_block() {
-    if (ran == 0) {
-      sequence.resize(blocks);
-      std::iota(sequence.begin(), sequence.end(), 0);
-      if (launch.seed == 1) std::reverse(sequence.begin(), sequence.end());
-      if (launch.seed > 1) std::shuffle(sequence.begin(), sequence.end(), random);
-    }
-    const std::uint64_t b = sequence[ran++];
-    block = {(unsigned)(b % launch.grid.x), (unsigned)(b / launch.grid.x % launch.grid.y),
-             (unsigned)(b / launch.grid.x / launch.grid.y)};
+    const std::size_t b = sequence[started++];
+    const unsigned width = launch.grid.x, height = launch.grid.y;
+    block = {(unsigned)(b % width), (unsigned)(b / width % height), (unsigned)(b / width / height)};
     for (volatile unsigned char* p = simt_shared_begin; p < simt_shared_end; ++p) *p = launch.pattern;
   }
 
@@ -211,7 +208,7 @@ class Grid {
   void next_block() {
     for (Lane& lane : lanes) lane.state = READY;
     ++end.meetings;
-    if (ran < blocks) start_block();
+    if (started < sequence.size()) start_block();
     else finished = true;
   }
 
@@ -228,16 +225,15 @@ class Grid {
 
   const Launch& launch;
   const unsigned threads;
-  const std::uint64_t blocks;
   std::vector<Lane> lanes;
-  std::vector<unsigned> order, queue;
-  std::vector<std::uint64_t> sequence;
-  std::mt19937_64 random;
-  dim3 block;
-  std::uint64_t ran = 0;
+  std::vector<unsigned> order, queue;  // all lanes; those whose turn comes
+  std::vector<unsigned> sequence;      // of the blocks
+  std::size_t started = 0;             // blocks
   bool finished = false;
+  dim3 block;
+  std::mt19937_64 random;
   Place barrier, end;
-  std::vector<std::map<unsigned, Place>> warps{(threads + 31) / 32};  // by mask
+  std::vector<std::map<unsigned, Place>> warps;  // places by mask
 };
 
 std::string Grid::who_waits() const {

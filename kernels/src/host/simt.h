@@ -74,11 +74,11 @@ template <class T> T from_bits(std::uint64_t bits) {
   return x;
 }
 
-// `source(lane, first lane of its segment)` is the lane that is read; one outside the segment reads itself.
+// `source(lane, first and last lane of its segment)` is the lane that is read, or -1 for the caller's own value.
 template <class T, class F> T shuffle(const char* intrinsic, unsigned mask, T x, int width, int line, F source) {
-  const int me = (int)lane(), first = me & -width, from = source(me, first);
+  const int me = (int)lane(), first = me & -width, from = source(me, first, first + width - 1);
   const Exchange& said = exchange(intrinsic, mask, to_bits(x), line);
-  if (from < first || from >= first + width) return x;
+  if (from < 0) return x;
   if (!(said.lanes >> from & 1))
     fail("%s (line %d): lane %d reads lane %d, which does not take part", intrinsic, line, me, from);
   return from_bits<T>(said.values[from]);
@@ -118,16 +118,20 @@ inline void __threadfence() { simt::fence(); }
 inline void __threadfence_block() { simt::fence(); }
 
 template <class T> T __shfl_sync(unsigned mask, T x, int source, int width = 32, LINE) {
-  return simt::shuffle("__shfl_sync", mask, x, width, line, [=](int, int first) { return first + (source & (width - 1)); });
+  const int k = source & (width - 1);
+  return simt::shuffle("__shfl_sync", mask, x, width, line, [=](int, int first, int) { return first + k; });
 }
-template <class T> T __shfl_xor_sync(unsigned mask, T x, int bits, int width = 32, LINE) {
-  return simt::shuffle("__shfl_xor_sync", mask, x, width, line, [=](int me, int) { return me ^ bits; });
+template <class T> T __shfl_xor_sync(unsigned mask, T x, int bits, int width = 32, LINE) {  // earlier segments, too
+  const auto source = [=](int me, int, int last) { return (me ^ bits) <= last ? me ^ bits : -1; };
+  return simt::shuffle("__shfl_xor_sync", mask, x, width, line, source);
 }
 template <class T> T __shfl_up_sync(unsigned mask, T x, unsigned delta, int width = 32, LINE) {
-  return simt::shuffle("__shfl_up_sync", mask, x, width, line, [=](int me, int) { return me - (int)delta; });
+  const auto source = [=](int me, int first, int) { return me - (int)delta >= first ? me - (int)delta : -1; };
+  return simt::shuffle("__shfl_up_sync", mask, x, width, line, source);
 }
 template <class T> T __shfl_down_sync(unsigned mask, T x, unsigned delta, int width = 32, LINE) {
-  return simt::shuffle("__shfl_down_sync", mask, x, width, line, [=](int me, int) { return me + (int)delta; });
+  const auto source = [=](int me, int, int last) { return me + (int)delta <= last ? me + (int)delta : -1; };
+  return simt::shuffle("__shfl_down_sync", mask, x, width, line, source);
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate, LINE) {
   return simt::ballot("__ballot_sync", mask, predicate, line, nullptr);
@@ -141,10 +145,16 @@ inline int __all_sync(unsigned mask, int predicate, LINE) {
 }
 #undef LINE
 
-template <class T, class U> T atomicAdd(T* p, U x) { return simt::atomic_update(p, [=](T old) { return old + (T)x; }); }
-template <class T, class U> T atomicMax(T* p, U x) { return simt::atomic_update(p, [=](T old) { return old < (T)x ? (T)x : old; }); }
-template <class T, class U> T atomicMin(T* p, U x) { return simt::atomic_update(p, [=](T old) { return (T)x < old ? (T)x : old; }); }
-template <class T, class U> T atomicExch(T* p, U x) { return simt::atomic_update(p, [=](T) { return (T)x; }); }
+#define ATOMIC(name, result)                                           \
+  template <class T, class U> T name(T* p, U x) {                      \
+    const T value = (T)x;                                              \
+    return simt::atomic_update(p, [=](T old) -> T { return result; }); \
+  }
+ATOMIC(atomicAdd, old + value)
+ATOMIC(atomicMax, old < value ? value : old)
+ATOMIC(atomicMin, value < old ? value : old)
+ATOMIC(atomicExch, (void(old), value))
+#undef ATOMIC
 template <class T, class U, class V> T atomicCAS(T* p, U expected, V x) {
   return simt::atomic_update(p, [=](T old) { return old == (T)expected ? (T)x : old; });
 }

@@ -1,12 +1,23 @@
 // The kernels of one source file, SIMT_SOURCE, and the table of them that simt_runner.cpp looks names up in.
-// SIMT_TABLE is a file of lines SIMT_ENTRY(name), which simt.cmake writes.
+// SIMT_TABLE is a file of lines SIMT_ENTRY(name), which simt.cmake writes. With SIMT_PLAIN the source is ordinary
+// C++ that knows nothing of CUDA, such as fast.cpp, and a launch is one call.
+#ifdef SIMT_PLAIN
+#include SIMT_SOURCE
+#include "simt_runner.h"
+
+const bool simt::one_thread_at_a_time = false;
+void simt::run(const Launch& launch) { launch.kernel(launch.arguments); }
+
+namespace {
+#else
 #include "simt_runner.h"
 
 namespace {
 #include SIMT_SOURCE
+#endif
 
 template <class T> T argument(simt::Argument a) {
-  if constexpr (std::is_pointer_v<T>) return static_cast<T>(a.pointer);
+  if constexpr (std::is_pointer_v<T>) return (T)a.pointer;
   else return simt::from_bits<T>(a.bits);
 }
 

@@ -112,7 +112,7 @@ std::vector<simt::Argument> arguments(const simt::Kernel& kernel, std::size_t co
   return all;
 }
 
-// Only one thread of a launch runs at a time: on one core, handing over wakes no other.
+// Where only one thread of a launch runs at a time: on one core, handing over wakes no other.
 void stay_on_one_core() {
 #ifdef __linux__
   cpu_set_t may, one;
@@ -153,7 +153,7 @@ void serve_one(std::uint64_t name_length) {
 }  // namespace
 
 int main() {
-  stay_on_one_core();
+  if (simt::one_thread_at_a_time) stay_on_one_core();
   std::uint64_t name_length;
   while (std::fread(&name_length, sizeof name_length, 1, stdin) == 1) serve_one(name_length);
 }

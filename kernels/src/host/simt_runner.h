@@ -33,6 +33,7 @@ struct Launch {
 };
 
 void run(const Launch&);
+extern const bool one_thread_at_a_time;  // whether run() keeps all threads but one waiting
 
 extern const Kernel kernels[];
 extern const unsigned kernel_count;

@@ -1,0 +1,186 @@
+"""One launch of one kernel with the checks of its results; cases.py has the list of them.
+
+The functions that are named like the ops make a Case of a shape and a variant.
+"""
+
+import contextlib
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from unittest import mock
+
+import numpy as np
+
+from kernels.launches import softmax_items
+
+from . import references
+from .checks import Backend, Check
+
+SEED = 0xFEDC_BA98_7654_3210
+OUT_OF_RANGE = (-1, 2**31 - 1, -(2**31))  # labels and indices; beside them the first that is too large
+ONE_BLOCK = 0  # multiprocessors with which the smallest grid is chosen, so that its threads loop
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch. `compute` makes the inputs, runs the op on a backend and gives checks of the results."""
+
+    kernel: str  # the entry point of module.cu
+    name: str
+    compute: Callable[[np.random.Generator, Backend], Iterable[Check]]
+    multiprocessors: int | None = None  # to launch for, where the device's own number will not do
+
+    def run(self, backend: Backend) -> list[Check]:
+        rng = np.random.default_rng(zlib.crc32(str(self).encode()))
+        launch_for = contextlib.nullcontext()
+        if self.multiprocessors is not None and backend.device is not None:
+            launch_for = mock.patch.object(backend.device, "multiprocessors", lambda: self.multiprocessors)
+        with launch_for, np.errstate(all="ignore"):
+            return list(self.compute(rng, backend))
+
+    def measure(self, backend: Backend) -> dict:
+        """The check that comes closest to its tolerance, or what went wrong, as gpu_check.py writes it."""
+        result = {"kernel": self.kernel, "case": self.name, "passed": False}
+        try:
+            worst = max(self.run(backend), key=Check.share)
+        except Exception as error:
+            return result | {"error": f"{type(error).__name__}: {error}"}
+        result |= {"what": worst.what, "max_relative_error": worst.error(), "tolerance": worst.tolerance}
+        return result | {"passed": worst.share() <= 1.0}
+
+    def __str__(self):
+        return f"{self.kernel} {self.name}"
+
+
+def _name(*shape, multiprocessors=None, **variant) -> str:
+    """"33x47 offset 1 in_place": what differs from the defaults."""
+    words = ["x".join(map(str, shape))]
+    words += [k if v is True else f"{k} {v}" for k, v in variant.items() if v is not False and v != 0]
+    words += [f"on {multiprocessors} multiprocessors"] * (multiprocessors is not None)
+    return " ".join(words)
+
+
+def _case(kernel, compute, *shape, multiprocessors=None, **variant) -> Case:
+    name = _name(*shape, multiprocessors=multiprocessors, **variant)
+    return Case(kernel, name, lambda rng, backend: compute(rng, backend, *shape, **variant), multiprocessors)
+
+
+def _output(backend, offset, like=None, shape=None, dtype=np.float32):
+    """An output, and the check of what is beside it; with the values of `like` where it is an input too."""
+    out, intact = backend.outputs(*(like.shape if shape is None else shape), dtype=dtype, offset=offset)
+    if like is not None:
+        out[...] = backend.array(like)
+    return out, intact
+
+
+def bias_act(activation, *shape, **variant) -> Case:
+    def compute(rng, backend, B, N, offset=0, in_place=False):
+        z, bias, _ = references.activation_inputs(rng, B, N)
+        y, intact = _output(backend, offset, z if in_place else None, (B, N))
+        source = y if in_place else backend.array(z, offset=offset)
+        backend.ops.bias_act(source, backend.array(bias), activation, out=y)
+        intact()
+        return references.activation_checks(y, z.astype(np.float64) + bias, activation)
+
+    return _case(f"bias_act_{activation}", compute, *shape, **variant)
+
+
+def bias_act_backward(activation, *shape, **variant) -> Case:
+    def compute(rng, backend, B, N, offset=0, in_place=False, with_bias=False):
+        z, bias, dy = references.activation_inputs(rng, B, N)
+        u = z + bias
+        dz, intact = _output(backend, offset, dy if in_place else None, (B, N))
+        dbias, dbias_intact = _output(backend, offset, shape=(N,))
+        source = dz if in_place else backend.array(dy, offset=offset)
+        saved = backend.array(z if with_bias else u, offset=offset)
+        added = backend.array(bias) if with_bias else None
+        backend.ops.bias_act_backward(source, saved, activation, added, out=dz, bias_grad=dbias)
+        intact()
+        dbias_intact()
+        return references.gradient_checks(dz, dbias, dy, u.astype(np.float64), activation)
+
+    return _case(f"bias_act_backward_{activation}", compute, *shape, **variant)
+
+
+def _softmax(rng, backend, B, C, offset=0, in_place=False, totals=True, scale=None, labels="", logits=""):
+    x, y = references.logits_and_labels(rng, B, C)
+    if labels:
+        y[1::3] = np.resize((*OUT_OF_RANGE, C), y[1::3].size)
+    if logits:
+        x[1, C // 2] = float(logits)
+    dlogits, intact = _output(backend, offset, x if in_place else None, (B, C))
+    sums = backend.array([0.0, 0.0], np.float64) if totals else None
+    loss, _ = backend.ops.softmax_cross_entropy(
+        dlogits if in_place else backend.array(x, offset=offset),
+        backend.array(y, np.int32, offset), scale, out=dlogits, totals=sums,
+    )  # fmt: skip
+    intact()
+    scale = scale or (1.0 / B if B else np.nan)
+    losses, expected, softmax, right = references.softmax_cross_entropy(x, y, scale)
+    yield references.dlogits_check(backend, dlogits, expected, softmax, scale)
+    yield references.loss_check("loss", loss, losses, scale)
+    if totals:
+        yield references.loss_check("totals[0]", sums[0], losses)
+        yield Check("totals[1]", sums[1], np.float64(right), 0.0)
+
+
+def softmax_cross_entropy(*shape, **variant) -> Case:
+    return _case(f"softmax_xent_{softmax_items(shape[1])}", _softmax, *shape, **variant)
+
+
+def _adam(rng, backend, P, settings="defaults", step=3, offset=0, device_scalars=False):
+    state, options = references.optimizer_state(rng, P, fresh=step == 1), references.ADAM_CASES[settings]
+    (p, *a), (m, *b), (v, *c) = (_output(backend, offset, state[k]) for k in (0, 2, 3))
+    passed = options | {"step": step}
+    if device_scalars:
+        passed |= {"step": backend.array(step), "lr": backend.array(options["lr"])}
+    backend.ops.adam_step(p, backend.array(state[1], offset=offset), m, v, **passed)
+    for intact in (*a, *b, *c):
+        intact()
+    return references.step_checks(backend, "pmv", (p, m, v), *references.adam(*state, step=step, **options))
+
+
+def adam(*shape, **variant) -> Case:
+    return _case("adam", _adam, *shape, **variant)
+
+
+def _sgd(rng, backend, P, settings="momentum", offset=0, velocity=True, device_scalars=False):
+    p, g, u, _ = references.optimizer_state(rng, P, fresh=False)
+    options = references.SGD_CASES[settings]
+    outputs = [_output(backend, offset, x) for x in ((p, u) if velocity else (p,))]
+    passed = options | ({"lr": backend.array(options["lr"])} if device_scalars else {})
+    arrays = [out for out, _ in outputs]
+    backend.ops.sgd_step(arrays[0], backend.array(g, offset=offset), *arrays[1:], **passed)
+    for _, intact in outputs:
+        intact()
+    expected, bounds = references.sgd(p, g, u, **options)
+    n = len(arrays)
+    return references.step_checks(backend, ("p", "velocity")[:n], arrays, expected[:n], bounds[:n])
+
+
+def sgd(*shape, **variant) -> Case:
+    return _case("sgd", _sgd, *shape, **variant)
+
+
+def _gather(rng, backend, B, D, images=7, offset=0, index="", affine=False, **settings):
+    pixels = rng.integers(0, 256, (images, D), np.uint8)
+    labels = rng.integers(-5, 50, images).astype(np.int32)
+    rows, maps = rng.integers(0, images, B).astype(np.int32), None
+    if index:
+        rows[1::2] = np.resize((*OUT_OF_RANGE, images), rows[1::2].size)
+    if affine:
+        maps = (np.eye(2, 3) + rng.normal(0, 0.3, (B, 2, 3)) * [1, 1, D**0.5 / 2]).astype(np.float32)
+    x, intact = _output(backend, offset, shape=(B, D))
+    y, y_intact = _output(backend, offset, shape=(B,), dtype=np.int32)
+    backend.ops.gather_batch(
+        backend.array(pixels, np.uint8, offset), backend.array(labels, np.int32, offset),
+        backend.array(rows, np.int32, offset), out_x=x, out_y=y, seed=SEED,
+        affine=None if maps is None else backend.array(maps, offset=offset), **settings,
+    )  # fmt: skip
+    intact()
+    y_intact()
+    return references.gather_checks(x, y, pixels, labels, rows, seed=SEED, affine=maps, **settings)
+
+
+def gather(*shape, **variant) -> Case:
+    return _case("gather", _gather, *shape, **variant)

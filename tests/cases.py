@@ -1,0 +1,119 @@
+"""Every kernel on the shapes and in the variants that trip kernels: one list for every way of executing them.
+
+test_sanitizers.py runs it thread by thread and on the host library, under sanitizers; gpu_check.py on a GPU.
+`representative()` is small, yet launches every kernel and takes every branch: packs of 4 and single elements,
+rows in registers and in memory, one block and a last block that adds what the others left. `every()` goes
+through the awkward shapes of checks.py, too.
+"""
+
+import itertools
+
+from kernels import ACTIVATIONS
+from kernels.launches import ROW_BLOCKS
+
+from . import references
+from .case import ONE_BLOCK, Case, adam, bias_act, bias_act_backward, gather, sgd, softmax_cross_entropy
+from .checks import FEW_SHAPES, OFFSETS
+
+
+def _representative():
+    for a in ACTIVATIONS:
+        yield bias_act(a, 3, 33)
+        yield bias_act(a, 5, 7, offset=1)
+        yield bias_act_backward(a, 17, 48, with_bias=True, multiprocessors=1)
+        yield bias_act_backward(a, 5, 33)
+    for case in (bias_act, bias_act_backward):
+        for shape in ((0, 5), (1, 1), (4, 3), (9, 1)):  # an empty batch; fewer columns than a pack
+            yield case("relu", *shape)
+        yield case("relu", 2, 400, in_place=True)
+        yield case("identity", 9, 12, in_place=True)  # backward: only the column sums
+        yield case("identity", 9, 11, in_place=True, offset=1)
+        yield case("relu", 30, 41, multiprocessors=ONE_BLOCK)
+        yield case("relu", 30, 40, multiprocessors=ONE_BLOCK)
+    yield bias_act_backward("relu", 70, 4, multiprocessors=4)  # the last block's threads add two partial sums
+    yield bias_act_backward("relu", 70, 300, multiprocessors=9, with_bias=True)  # in each of three column tiles
+    yield bias_act_backward("relu", 9, 127, multiprocessors=2, offset=1, with_bias=True)
+    for items in filter(None, ROW_BLOCKS):
+        yield softmax_cross_entropy(2, 32 * items)
+    for shape in ((2, 1025), (0, 5), (1, 1), (9, 5)):
+        yield softmax_cross_entropy(*shape, offset=1)
+    yield softmax_cross_entropy(10, 3, multiprocessors=ONE_BLOCK, totals=False, scale=0.5)
+    for C in (33, 1030):
+        yield softmax_cross_entropy(2, C, in_place=True)
+        yield softmax_cross_entropy(7, C, labels="out of range")
+        yield softmax_cross_entropy(2, C, logits="nan")
+    for step in (adam, sgd):
+        for P in (0, 1, 37):
+            yield step(P)
+        yield step(37, offset=1)
+        yield step(1100, multiprocessors=ONE_BLOCK, settings="l2")
+        yield step(5, device_scalars=True)
+    yield adam(6, settings="decoupled", step=1)
+    yield sgd(37, settings="plain", velocity=False)
+    yield sgd(6, settings="l2 without momentum", velocity=False, offset=1)
+    yield from (gather(0, 5), gather(1, 1, images=1), gather(3, 16), gather(3, 16, offset=1), gather(3, 9))
+    yield gather(40, 49, mean=0.25, scale=2.0, multiprocessors=ONE_BLOCK)
+    for variant in ({"noise_sigma": 0.5}, {"affine": True}, {"noise_sigma": 0.5, "affine": True}):
+        yield gather(3, 9, **variant)
+        yield gather(8, 25, index="out of range", **variant)
+
+
+def representative() -> list[Case]:
+    return list(_representative())
+
+
+def _shapes(shapes, sizes):
+    for a, (B, N), offset in itertools.product(ACTIVATIONS, shapes, OFFSETS):
+        if a == "relu" or (B, N) in FEW_SHAPES:  # the shape's own branches do not depend on the activation
+            yield bias_act(a, B, N, offset=offset)
+            yield bias_act_backward(a, B, N, offset=offset)
+            yield bias_act_backward(a, B, N, offset=offset, with_bias=True)
+    around_registers = [(3, 32 * items + more) for items in filter(None, ROW_BLOCKS) for more in (0, 1)]
+    for (B, C), offset in itertools.product([*shapes, *around_registers, (2, 5000)], OFFSETS):
+        yield softmax_cross_entropy(B, C, offset=offset)
+    for P, offset in itertools.product(sizes, OFFSETS):
+        few = P not in (5, 1023)  # every setting with sizes that fill packs and leave a rest
+        for step, settings in itertools.product((1, 1000), references.ADAM_CASES):
+            if settings == "defaults" or not few:
+                yield adam(P, settings=settings, step=step, offset=offset)
+        for settings, options in references.SGD_CASES.items():
+            for velocity in (True, False) if not options.get("momentum") else (True,):
+                if settings in ("plain", "momentum") or not few:
+                    yield sgd(P, settings=settings, velocity=velocity, offset=offset)
+    for (B, D), offset in itertools.product([*shapes, (5, 784)], OFFSETS):
+        yield gather(B, D, offset=offset, mean=0.17, scale=3.0)
+        yield gather(B, D, offset=offset, noise_sigma=0.5)
+        if int(D**0.5) ** 2 == D:
+            yield gather(B, D, offset=offset, affine=True)
+
+
+def _large():
+    """Enough for several waves of blocks on a GPU, and for the CPU to share among threads."""
+    for a in ACTIVATIONS:
+        yield bias_act(a, 4000, 601)
+        yield bias_act_backward(a, 4000, 601, with_bias=True)
+    yield bias_act_backward("identity", 20_000, 47)
+    for shape in ((20_000, 47), (3000, 400), (2057, 1), (600, 2000)):
+        yield softmax_cross_entropy(*shape)
+    yield adam(1_500_001)
+    yield sgd(1_500_001)
+    yield sgd(1_500_001, settings="plain", velocity=False)
+    yield gather(2000, 784)
+    yield gather(2000, 784, noise_sigma=0.5, affine=True)
+
+
+def shared(least: int) -> list[Case]:
+    """What the CPU shares among threads where it shares `least` nanoseconds of work (fast.cpp's costs)."""
+    rows = least // 47 + 1
+    return [
+        bias_act("relu", 6 * rows, 47), bias_act_backward("gelu", 2 * rows, 47, with_bias=True),
+        bias_act_backward("identity", 4 * rows, 47, in_place=True),
+        softmax_cross_entropy(rows, 47, offset=1), softmax_cross_entropy(rows, 47, labels="out of range"),
+        adam(2 * least + 1), sgd(3 * least, offset=1), sgd(3 * least, settings="plain", velocity=False),
+        gather(2 * rows, 47, offset=1, index="out of range"), gather(rows, 49, noise_sigma=0.5, affine=True),
+    ]  # fmt: skip
+
+
+def every(shapes, sizes, large: bool) -> list[Case]:
+    """The representative list, the awkward shapes and sizes, and where execution is fast the large ones."""
+    return [*representative(), *_shapes(shapes, sizes), *(_large() if large else ())]
