@@ -39,10 +39,10 @@ WORKERS = 2
 
 TESTS = tuple(
     f"tests/test_{name}.py"
-    for name in ("launch_shapes", "softmax_cross_entropy", "gather_batch", "bias_act", "optimizer_steps", "sanitizers",
-                 "determinism", "host_library", "host_sanitizers")
+    for name in ("launch_shapes", "softmax_cross_entropy", "gather_batch", "bias_act", "optimizer_steps",
+                 "sanitizers", "determinism", "host_library", "host_sanitizers")
 )  # fmt: skip
-SHAPES, XENT, GATHER, BIAS_ACT, STEPS, SANITIZERS, *_ = TESTS
+_, XENT, GATHER, BIAS_ACT, STEPS, *_ = TESTS
 # file -> the tests that most likely notice, and where it runs, unless a mutation says otherwise
 FIRST = {
     "kernels/src/bias_act.cuh": (BIAS_ACT, ""),
@@ -78,8 +78,9 @@ class Mutation:
     unseen: str = ""  # why nothing on a CPU can notice
 
     def apply(self, text: str) -> str:
-        if text.count(self.find) != 1:
-            raise ValueError(f"{self.file}: {self.name}: {self.find!r} occurs {text.count(self.find)} times, expected 1")
+        count = text.count(self.find)
+        if count != 1:
+            raise ValueError(f"{self.file}: {self.name}: {self.find!r} occurs {count} times, expected 1")
         return text.replace(self.find, self.replace)
 
 
@@ -103,8 +104,8 @@ def _run(folder: Path, command: list) -> tuple[int, str]:
     """The exit status and all output of a command; raises a Verdict when it takes too long."""
     settings = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}  # all output, if the process crashes
     process = subprocess.Popen(
-        list(map(str, command)), cwd=folder, env=os.environ | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace", start_new_session=True,
+        command, cwd=folder, env=os.environ | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace", start_new_session=True,
     )  # fmt: skip
     try:
         output = process.communicate(timeout=SECONDS)[0]
@@ -171,8 +172,11 @@ class Tree:
             path.write_text(original)
 
     def check_unmutated(self) -> None:
-        self.build("")
-        self.test(TESTS, FORMS[""])
+        try:
+            self.build("")
+            self.test(TESTS, FORMS[""])
+        except Verdict as verdict:
+            sys.exit(f"without a mutation: {verdict.verdict} {verdict.test}")
 
 
 def judge_all(chosen: list[Mutation], unmutated: bool):
@@ -192,13 +196,9 @@ def judge_all(chosen: list[Mutation], unmutated: bool):
             trees.put(tree)
 
     with ThreadPoolExecutor(WORKERS) as executor:
-        first = [executor.submit(work, None)] if unmutated else []
-        futures = [executor.submit(work, m) for m in chosen]
+        futures = [executor.submit(work, m) for m in [None] * unmutated + chosen]
         try:
-            for future in first:
-                future.result()
-            for future in futures:
-                yield future.result()
+            yield from filter(None, (future.result() for future in futures))
         except BaseException:
             executor.shutdown(cancel_futures=True)
             raise
@@ -214,10 +214,11 @@ def main(words: list[str]) -> int:
     counts = ", ".join(f"{sum(row[2] == v for row in rows)} {v}" for v in dict.fromkeys(row[2] for row in rows))
     minutes = f"{(time.perf_counter() - begin) / 60:.1f} minutes"
     print(f"{len(rows)} mutations: {counts}; {minutes}")
+    versions = f"python {platform.python_version()}, numpy {np.__version__}"
     if not words:
         with open(RESULTS, "w", newline="") as file:
-            file.write(f"# {date.today()}, {minutes}, sources {source.digest()[:12]}, python {platform.python_version()}, "
-                       f"numpy {np.__version__}; the tests pass without a mutation\n")  # fmt: skip
+            file.write(f"# {date.today()}, {minutes}, sources {source.digest()[:12]}; {versions}; ")
+            file.write("the tests pass without a mutation\n")
             csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
     return int(any(row[2] not in (CAUGHT, UNSEEN) for row in rows))
 
