@@ -46,6 +46,10 @@ class SimtError(RuntimeError):
         self.report = report
 
 
+class MissingSanitizer(BackendError):
+    """The C++ compiler of this machine cannot link with the sanitizer."""
+
+
 def _tool(name: str) -> str | None:
     """A program of this Python environment, or else of the PATH."""
     return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
@@ -57,22 +61,21 @@ def _run(command: list) -> None:
         raise BackendError(f"`{' '.join(map(str, command))}` failed:\n{result.stdout}{result.stderr}")
 
 
-def _program(sanitizer: str) -> str:
-    return f"simt-{sanitizer}" if sanitizer else "simt"
-
-
-@functools.cache
-def build(cuda_source: Path = MODULE, sanitizer: str = "") -> Path:
-    """Compile the runner of a CUDA source where it has changed -> the folder that holds it."""
+def build(cuda_source=MODULE, sanitizer: str = "") -> Path:
+    """Compile the runner of a CUDA source where it or its headers have changed -> the program."""
     cmake, ninja = _tool("cmake"), _tool("ninja")
     if cmake is None or not (_ROOT / "CMakeLists.txt").exists():
         raise BackendError("building the SIMT runners needs CMake and a checkout of the project")
+    cuda_source = Path(cuda_source).resolve()
     name = f"{cuda_source.stem}-{hashlib.sha256(str(cuda_source).encode()).hexdigest()[:8]}"
     folder = _ROOT / "build" / "simt" / name
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     _run([cmake, "-S", _ROOT, "-B", folder, f"-DMLP_SIMT={cuda_source}", *generator])
-    _run([cmake, "--build", folder, "--target", _program(sanitizer)])
-    return folder
+    program = folder / (f"simt-{sanitizer}" if sanitizer else "simt")
+    _run([cmake, "--build", folder, "--target", program.name])
+    if not program.exists():
+        raise MissingSanitizer(f"the C++ compiler has no -fsanitize={sanitizer}; install its run-time library")
+    return program
 
 
 @functools.cache
@@ -95,9 +98,8 @@ class Runner:
         """sanitizer: "", thread, address or undefined; timeout: seconds that one launch may take."""
         if sanitizer and sanitizer not in SANITIZERS:
             raise ValueError(f"sanitizer must be one of {', '.join(SANITIZERS)}, got {sanitizer!r}")
-        folder = build(Path(cuda_source).resolve(), sanitizer)
-        prefix = _fixed_addresses() if sanitizer == "thread" else ()
-        self._command = [*prefix, folder / _program(sanitizer)]
+        program = build(cuda_source, sanitizer)
+        self._command = [*(_fixed_addresses() if sanitizer == "thread" else ()), program]
         self._timeout = timeout
         self._process = None
 

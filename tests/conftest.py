@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import kernels
-from kernels import cuda, host, plain
+from kernels import cuda, host, plain, simt
 
 from .backends import simt_backend
 from .checks import Backend
@@ -35,6 +35,23 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and _missing_gpu():
             item.add_marker(pytest.mark.skip(reason=_missing_gpu()))
+
+
+def _skip_without_sanitizer():
+    try:
+        return (yield)
+    except simt.MissingSanitizer as error:
+        pytest.skip(str(error))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    return (yield from _skip_without_sanitizer())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    return (yield from _skip_without_sanitizer())
 
 
 def _backend(place: str, ops) -> Backend:

@@ -1,6 +1,7 @@
 """The Python that README.md shows runs."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,4 +23,8 @@ def test_example(block, tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
+    for folder in (ROOT / "build" / "simt").glob("row_max-*"):  # another one for each folder it is run in
+        shutil.rmtree(folder)
+    if "kernels.simt.MissingSanitizer" in result.stderr:
+        pytest.skip(result.stderr.splitlines()[-1])
     assert result.returncode == 0, result.stderr

@@ -41,6 +41,19 @@ target_compile_features(simt_runtime PUBLIC cxx_std_17)
 target_compile_options(simt_runtime PRIVATE -O2 -Wall -Wextra)
 target_link_libraries(simt_runtime PUBLIC Threads::Threads)
 
+include(CheckCXXSourceCompiles)
+function(has_sanitizer result flag)
+  set(CMAKE_REQUIRED_FLAGS ${flag})  # links, too: the run-time library may be a package of its own
+  check_cxx_source_compiles("int main() {}" ${result})
+endfunction()
+
+# Two checks that cost nothing are in all of them: a CPU goes on where a misaligned access ends a GPU's kernel, and
+# a compiler leaves out a division by zero whose result it does not need.
+has_sanitizer(SIMT_UNDEFINED -fsanitize=undefined)
+if(SIMT_UNDEFINED)
+  set(simt_checks -fsanitize=alignment,integer-divide-by-zero -fno-sanitize-recover=all)
+endif()
+
 function(add_simt_runner name)
   add_executable(${name} ${simt_host}/simt_kernels.cpp)
   target_compile_definitions(${name} PRIVATE SIMT_SOURCE="${simt_source}" SIMT_TABLE="${CMAKE_BINARY_DIR}/simt_table.inc"
@@ -48,17 +61,23 @@ function(add_simt_runner name)
   if(ARGN)
     target_compile_definitions(${name} PRIVATE KERNELS_ORDINARY_STORES)  # see stream.h
   endif()
-  # Two checks that cost nothing are in all of them: a CPU goes on where a misaligned access ends a GPU's kernel, and
-  # a compiler leaves out a division by zero whose result it does not need.
-  set(checks -fsanitize=alignment,integer-divide-by-zero -fno-sanitize-recover=all)
-  # An uninitialised variable holds a pattern; no fused multiply-add, no vectors: nothing between a kernel and its meaning.
+  # An uninitialised variable holds a pattern. No fused multiply-add and no vectors: nothing comes between a kernel
+  # and its meaning.
   target_compile_options(${name} PRIVATE -O1 -g -fdata-sections -ffp-contract=off -ftrivial-auto-var-init=pattern
-                         -Wall -Wextra -Wno-unknown-pragmas -Wno-unused-function ${checks} ${ARGN})
-  target_link_options(${name} PRIVATE ${checks} ${ARGN} -Wl,-T,${simt_host}/simt.ld)
+                         -Wall -Wextra -Wno-unknown-pragmas -Wno-unused-function ${simt_checks} ${ARGN})
+  target_link_options(${name} PRIVATE ${simt_checks} ${ARGN} -Wl,-T,${simt_host}/simt.ld)
   target_link_libraries(${name} PRIVATE simt_runtime)
 endfunction()
 
 add_simt_runner(simt)
-add_simt_runner(simt-thread -fsanitize=thread)
-add_simt_runner(simt-address -fsanitize=address)
-add_simt_runner(simt-undefined -fsanitize=undefined,float-cast-overflow)
+foreach(sanitizer thread address undefined)
+  string(TOUPPER SIMT_${sanitizer} works)
+  has_sanitizer(${works} -fsanitize=${sanitizer})
+  if(NOT ${works})
+    add_custom_target(simt-${sanitizer})
+  elseif(sanitizer STREQUAL undefined)
+    add_simt_runner(simt-undefined -fsanitize=undefined,float-cast-overflow)
+  else()
+    add_simt_runner(simt-${sanitizer} -fsanitize=${sanitizer})
+  endif()
+endforeach()

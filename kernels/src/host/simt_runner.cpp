@@ -125,6 +125,15 @@ void stay_on_one_core() {
 #endif
 }
 
+// CUDA's limits.
+void check_shape(const simt::Launch& launch) {
+  const dim3 &grid = launch.grid, &block = launch.block;
+  const std::uint64_t threads = (std::uint64_t)block.x * block.y * block.z;
+  if (threads < 1 || threads > 1024) stop("a block has 1 to 1024 threads, got %u x %u x %u", block.x, block.y, block.z);
+  if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
+    stop("a grid has at least 1 and at most 2147483647 x 65535 x 65535 blocks, got %u x %u x %u", grid.x, grid.y, grid.z);
+}
+
 void serve_one(std::uint64_t name_length) {
   std::string name(name_length, '\0');
   read(&name[0], name.size());
@@ -133,6 +142,7 @@ void serve_one(std::uint64_t name_length) {
   launch.kernel = kernel.call;
   launch.grid = triple();
   launch.block = triple();
+  check_shape(launch);
   launch.seed = word();
   launch.pattern = (unsigned char)word();
   const std::size_t buffer_count = word(), argument_count = word();
