@@ -4,7 +4,7 @@
     runner.launch("scale", (blocks,), (256,), (x, np.float32(2), np.int64(x.size)))
 
 Works on any CUDA source that includes no header of CUDA's; src/host/simt.h says what is modelled and what is not.
-Of a .cpp, such as src/host/fast.cpp, a launch calls one exported function: its grid, block, seed and pattern mean nothing.
+Of a .cpp, such as src/host/fast.cpp, a launch calls one exported function: grid, block, seed and pattern mean nothing.
 Launches are executed by a process of its own, which CMake builds and which a broken kernel may bring down.
 Linux with g++ or clang++; from a checkout, since an installed package has no CMakeLists.txt.
 """

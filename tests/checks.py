@@ -14,7 +14,9 @@ import numpy as np
 WIDTHS = (1, 2, 3, 31, 32, 33, 47, 48, 127, 400, 1023)  # around the warp, the pack of 4 and the tile of 128
 ROWS = (0, 1, 2, 511, 512, 513)
 SHAPES = [(B, N) for B in ROWS for N in WIDTHS]
-FEW_SHAPES = [(0, 1), (0, 47), (1, 1), (1, 400), (2, 3), (3, 1023), (9, 1), (9, 127), (17, 48), (33, 31), (33, 33), (65, 32), (513, 2)]
+FEW_SHAPES = [
+    (0, 1), (0, 47), (1, 1), (1, 400), (2, 3), (3, 1023), (9, 1), (9, 127), (17, 48), (33, 31), (33, 33), (65, 32), (513, 2)
+]  # fmt: skip
 OFFSETS = (0, 1)  # elements past an aligned address: 1 rules out 16-byte accesses
 
 EPS = 2.0**-24

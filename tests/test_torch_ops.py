@@ -799,15 +799,6 @@ def test_training_is_torchs(device):
     assert_close(losses[torch.float32], losses[torch.float64], 30 * REDUCTION)
 
 
-def test_readme_example():
-    """The blocks of README.md that import torch_ops run."""
-    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    blocks = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "torch_ops" in b]
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
-
-
 def test_kernels_does_not_import_torch():
     code = "import sys, kernels; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)

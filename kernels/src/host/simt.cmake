@@ -56,8 +56,8 @@ endif()
 
 function(add_simt_runner name)
   add_executable(${name} ${simt_host}/simt_kernels.cpp)
-  target_compile_definitions(${name} PRIVATE SIMT_SOURCE="${simt_source}" SIMT_TABLE="${CMAKE_BINARY_DIR}/simt_table.inc"
-                             ${simt_definitions})
+  target_compile_definitions(${name} PRIVATE SIMT_SOURCE="${simt_source}"
+                             SIMT_TABLE="${CMAKE_BINARY_DIR}/simt_table.inc" ${simt_definitions})
   if(ARGN)
     target_compile_definitions(${name} PRIVATE KERNELS_ORDINARY_STORES)  # see stream.h
   endif()

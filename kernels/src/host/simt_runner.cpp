@@ -68,7 +68,8 @@ struct Buffer {
   Buffer() {
     size = word();
     before = GUARD + word() % ALIGNMENT;
-    if (posix_memalign(reinterpret_cast<void**>(&base), ALIGNMENT, before + size + GUARD)) stop("no memory for %zu bytes", size);
+    if (posix_memalign(reinterpret_cast<void**>(&base), ALIGNMENT, before + size + GUARD))
+      stop("no memory for %zu bytes", size);
     std::memset(base, GUARD_BYTE, before);
     read(data(), size);
     std::memset(data() + size, GUARD_BYTE, GUARD);
@@ -131,7 +132,7 @@ void check_shape(const simt::Launch& launch) {
   const std::uint64_t threads = (std::uint64_t)block.x * block.y * block.z;
   if (threads < 1 || threads > 1024) stop("a block has 1 to 1024 threads, got %u x %u x %u", block.x, block.y, block.z);
   if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
-    stop("a grid has at least 1 and at most 2147483647 x 65535 x 65535 blocks, got %u x %u x %u", grid.x, grid.y, grid.z);
+    stop("a grid has 1 to 2147483647 x 65535 x 65535 blocks, got %u x %u x %u", grid.x, grid.y, grid.z);
 }
 
 void serve_one(std::uint64_t name_length) {
