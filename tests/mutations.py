@@ -205,7 +205,7 @@ def judge_all(chosen: list[Mutation], unmutated: bool):
 
 
 def main(words: list[str]) -> int:
-    begin = time.perf_counter()
+    begin, digest = time.perf_counter(), source.digest()[:12]
     chosen = [m for m in mutations() if not words or any(w in f"{m.file}:{m.name}" for w in words)]
     rows = []
     for m, verdict, test, seconds in judge_all(chosen, unmutated=not words):
@@ -217,7 +217,7 @@ def main(words: list[str]) -> int:
     versions = f"python {platform.python_version()}, numpy {np.__version__}"
     if not words:
         with open(RESULTS, "w", newline="") as file:
-            file.write(f"# {date.today()}, {minutes}, sources {source.digest()[:12]}; {versions}; ")
+            file.write(f"# {date.today()}, {minutes}, sources {digest}; {versions}; ")
             file.write("the tests pass without a mutation\n")
             csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
     return int(any(row[2] not in (CAUGHT, UNSEEN) for row in rows))
