@@ -3,8 +3,10 @@
 #   make test      environment, dependencies, host library, then the whole test suite
 #   make sanitize  every kernel on every shape, on the CPU under ThreadSanitizer, AddressSanitizer and UBSan
 #   make mutate    plants small faults in the kernels, which tests must notice (half an hour)
+#   make bench     measures kernels, steps and epochs (8 minutes), draws the plots and writes README.md's tables
 #   make gpu-check every kernel on this GPU and under compute-sanitizer; installs nothing; OUT=folder of the report
-# Others: make build | bench | clean; make cuda compiles the GPU kernels ahead of time (needs nvcc), make budget prints
+#   make gpu-report  the measurements on this GPU and under Nsight; installs nothing; OUT=folder of the results
+# Others: make build | clean; make cuda compiles the GPU kernels ahead of time (needs nvcc), make budget prints
 # the registers and memory that they use.  ARGS="..." goes to train.py, pytest, the benchmark or the check.
 #   make CUPY=cupy-cuda13x ...   uses CuPy for CUDA 13;   make CUPY= ...   goes without CuPy
 
@@ -13,11 +15,13 @@ VENV ?= .venv
 CUPY ?= $(if $(filter Darwin,$(shell uname -s)),,cupy-cuda12x)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed-$(or $(CUPY),without-cupy)
+TO = $(if $(OUT),--out "$(OUT)")
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 LIBRARY := kernels/libkernels_host.so
 CONFIGURE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_BUILD_TYPE=Release
 SOURCES := CMakeLists.txt $(wildcard kernels/src/*.* kernels/src/host/*.*)
 
-.PHONY: train test sanitize mutate gpu-check bench build cuda budget clean
+.PHONY: train test sanitize mutate gpu-check bench gpu-report build cuda budget clean
 .DELETE_ON_ERROR:
 
 train: build
@@ -27,7 +31,15 @@ test: build
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: build
-	$(BIN)/python profile/bench_step.py --device cpu $(ARGS)
+	$(BIN)/python profile/bench_kernels.py $(TO)
+	$(BIN)/python profile/bench_step.py $(TO)
+	$(BIN)/python profile/report.py $(if $(OUT),"$(OUT)")
+
+# Whatever of it fails, the rest is measured.
+gpu-report:
+	status=0; for command in "bench_kernels.py --device cuda" "bench_step.py --device cuda" "nsight.py ncu" "nsight.py nsys"; do \
+	  $(GPU_PYTHON) profile/$$command $(TO) || status=1; done; \
+	$(GPU_PYTHON) profile/report.py $(if $(OUT),"$(OUT)") || status=1; exit $$status
 
 sanitize: build
 	$(BIN)/python -m pytest tests/test_sanitizers.py tests/test_host_sanitizers.py --every-case $(ARGS)
@@ -36,7 +48,7 @@ mutate: build
 	$(BIN)/python -m tests.mutations $(ARGS)
 
 gpu-check:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tests.gpu_check $(if $(OUT),--out "$(OUT)") $(ARGS)
+	$(GPU_PYTHON) -m tests.gpu_check $(TO) $(ARGS)
 
 build: $(LIBRARY)
 

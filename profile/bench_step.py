@@ -1,228 +1,239 @@
-"""Time a whole training step: plain array code, fused kernels, PyTorch, and the step's matrix products alone.
+"""Time the whole training step and the whole epoch: array code, fused kernels, PyTorch, and the GEMMs alone.
 
-    python profile/bench_step.py --device cpu                 # prints a table and writes a CSV
+    python profile/bench_step.py                         # on the GPU where there is one, else on the CPU
+    python profile/bench_step.py --parts step,phases --out folder
 
-All contenders run in this process on the same synthetic bytes, in turns, in blocks of steps; a sample is one
-block's mean. Before its blocks a contender runs for a while untimed, so that the threads of the others have
-gone to sleep. NumPy's matrix products are timed on NumPy's own threads and on the fused library's; a ratio is
-taken to the faster of the two, round by round, because a shared machine changes its speed within seconds.
+Parts, each a result file: `ceilings`, the machine's fastest matrix product and copy; `step`, a step of m0 and m1;
+`phases`, where its time goes; `sweep`, batch and width, for the roofline; `epoch`, a whole epoch of as many images as
+EMNIST ByMerge trains on. The images are synthetic bytes. On a GPU all is measured in float32 and with TF32 products.
 """
 
 import argparse
-import csv
-import os
-import platform
-import subprocess
 import sys
-import time
-from datetime import date
 from itertools import pairwise
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import measure
+import numpy as np
+import step_contenders as contenders
+from measure import Contender
+from phase_clock import PhaseClock
+from step_contenders import GEMM_ONLY
 
-import numpy as np  # noqa: E402
+from kernels import BackendError
+from mlp import InputError, configs
+from mlp.device import Device, select
+from mlp.ranges import attach
 
-from kernels import host  # noqa: E402
-from mlp import InputError, configs  # noqa: E402
-from mlp.data import Dataset  # noqa: E402
-from mlp.device import select  # noqa: E402
-from mlp.scratch import ScratchLearner  # noqa: E402
-
-IMAGES, CLASSES = 65536, 47
-STEPS = 10  # in a block
-COLUMNS = ["contender", "model", "layers", "batch", "dtype", "samples", "p20_ms", "p50_ms", "p80_ms", "to_gemm",
-           "images_per_second", "device", "cores", "versions", "date", "revision"]  # fmt: skip
-
-
-def synthetic_data() -> Dataset:
-    """Random bytes in place of images: the time of a step does not depend on what they show."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (IMAGES, 784), dtype=np.uint8)
-    labels = rng.integers(0, CLASSES, IMAGES).astype(np.int32)
-    return Dataset("synthetic bytes", images, labels, tuple(map(str, range(CLASSES))), "")
+IMAGES = 566_667  # 70 % of ByMerge
+BATCHES, WIDTHS = (64, 256, 1024, 4096, 16384, 65536), (64, 256, 1024, 4096)
+CEILINGS = {"cpu": (2048, 64), "cuda": (8192, 1024)}  # order of the matrices, MB of the copied array
+PRECISIONS = {"cpu": ("float32",), "cuda": ("float32", "tf32")}
 
 
-def scratch_step(config, data, device):
-    """A function that trains on the k-th batch."""
-    learner = ScratchLearner(config, data, device, IMAGES)
-    learner.begin_epoch(np.random.default_rng(1).permutation(IMAGES).astype(np.int32))
-    batch = config.batch_size
-    return lambda k: learner.train_step(k * batch % (IMAGES - batch), k * batch % (IMAGES - batch) + batch, config.lr)
+class Bench:
+    """The device, the data and the clock of one run; a method per part gives the rows of its result file."""
+
+    def __init__(self, args, device: Device):
+        self.args, self.device = args, device
+        self.data = contenders.synthetic_data(args.images)
+        self.stream = device.xp.cuda.Stream(non_blocking=True) if device.kind == "cuda" else None
+        self.clock = measure.host_clock(device)
+        rounds, block = (9, 0.06) if device.kind == "cpu" else (5, 0.02)
+        self.times = {"rounds": args.rounds or rounds, "block": args.block or block, "settle": args.settle}
+        self.failed = {}
+
+    def config(self, model: str, **changes):
+        return configs.preset(model, device=self.device.kind, fused=True, **changes)
+
+    def in_turns(self, builders, what: str, blocks=1, **times) -> dict[str, np.ndarray]:
+        table, failed = measure.built(builders, what)
+        self.failed |= {f"{what}, {name}": reason for name, reason in failed.items()}
+        return measure.in_turns(table, self.clock, blocks=blocks, **self.times | times)
+
+    def common(self, config, precision: str) -> dict:
+        layers = "-".join(map(str, contenders.sizes(config)))
+        return {"model": config.model, "layers": layers, "batch": config.batch_size, "precision": precision}
+
+    def ceilings(self, precision):
+        """The largest rates that this machine gives: of a large matrix product and, in float32, of a large copy."""
+        xp, on_cpu = self.device.xp, self.device.kind == "cpu"
+        n, megabytes = CEILINGS[self.device.kind]
+        a, b = (xp.asarray(np.random.default_rng(k).standard_normal((n, n), np.float32)) for k in range(2))
+        out, source = xp.empty_like(a), xp.ones(megabytes * 2**17, np.float32)
+        target = xp.empty_like(source)
+        table = {f"matrix product {n}": lambda: Contender(lambda k: xp.matmul(a, b, out=out))}
+        if precision == "float32":
+            table[f"copy {megabytes} MB"] = lambda: Contender(lambda k: xp.copyto(target, source))
+        if on_cpu and contenders.torch_can("cpu"):
+            import torch
+
+            to, of = torch.from_numpy(target), torch.from_numpy(source)
+            table[f"copy {megabytes} MB, torch"] = lambda: Contender(lambda k: to.copy_(of))
+        work = {"matrix": (2 * n**3, "GFLOP/s"), "copy": (2 * source.nbytes, "GB/s")}
+        samples = self.in_turns(table, "ceilings")
+        for name, times in samples.items():
+            amount, unit = work[name.split()[0]]
+            yield {
+                "name": name,
+                "precision": precision,
+                "value": f"{amount / np.median(times) / 1e9:.1f}",
+                "unit": unit,
+            }
+
+    def step(self, precision):
+        """A step of each model at its own batch size."""
+        for model in self.args.models:
+            config = self.config(model)
+            builders = contenders.builders(config, self.data, self.device, self.stream)
+            samples = self.in_turns(builders, f"step of {model} in {precision}", blocks=6)
+            gemm = fastest(samples[name] for name in samples if name.startswith(GEMM_ONLY))
+            for name, times in samples.items():
+                yield {"contender": name} | self.common(config, precision) | measure.percentiles(times, "ms") | {
+                    "to_gemm": f"{measure.ratio(times, gemm):.3f}",
+                    "speedup": f"{measure.ratio(samples['plain'], times):.3f}",
+                    "images_per_second": f"{config.batch_size / np.median(times):.0f}",
+                }  # fmt: skip
+
+    def phases(self, precision):
+        """Where a step's time goes: the ranges of --nvtx, with a clock in the place of NVTX."""
+        for model in self.args.models:
+            config, recorders, table = self.config(model), {}, {}
+            for name in contenders.learner_names(self.device):
+                learner = contenders.learner(name, config, self.data, self.device)
+                recorders[name] = PhaseClock(self.device)
+                attach(learner, recorders[name])
+                run = contenders.steps(learner, len(self.data.labels))
+                table[name] = Contender(run, shared=self.device.kind == "cpu" and name == "fused")
+            measure.in_turns(table, self.clock, blocks=1, **self.times)
+            for name, recorder in recorders.items():
+                for phase, seconds in recorder.by_phase().items():
+                    row = {"contender": name} | self.common(config, precision) | {"phase": phase}
+                    yield row | measure.percentiles(seconds, "ms")
+
+    def sweep(self, precision):
+        """The step of m1 as the batch grows, and as its hidden layers grow."""
+        points = [("batch", {"batch_size": batch}) for batch in BATCHES if batch <= self.args.images // 2]
+        points += [("width", {"hidden": (width,) * 3}) for width in WIDTHS]
+        names = [*contenders.learner_names(self.device), contenders.CAPTURED]
+        for kind, changes in points:
+            config = self.config("m1", **changes)
+            builders = contenders.builders(config, self.data, self.device, self.stream)
+            samples = self.in_turns(
+                {name: builders[name] for name in names if name in builders}, f"sweep of {changes}", rounds=3
+            )
+            flops, moved = work(config)
+            for name, times in samples.items():
+                width = config.hidden[0] if kind == "width" else ""
+                yield {"sweep": kind, "contender": name} | self.common(config, precision) | {"width": width} | (
+                    measure.percentiles(times, "ms")) | {
+                    "flops": flops, "bytes": moved, "gflop_per_s": f"{flops / np.median(times) / 1e9:.1f}",
+                    "images_per_second": f"{config.batch_size / np.median(times):.0f}",
+                }  # fmt: skip
+
+    def epoch(self, precision):
+        """An epoch from its order of images to its loss on the host, without validation."""
+        n = len(self.data.labels)
+        order = np.random.default_rng(2).permutation(n).astype(np.int32)
+        for model in self.args.models:
+            config, table = self.config(model), {}
+            names = [*contenders.learner_names(self.device)]
+            if self.device.kind == "cuda" and contenders.torch_can("cuda"):
+                names.append(contenders.COMPILED)
+            for name in names:
+                learner = contenders.learner(name, config, self.data, self.device)
+                run = lambda _, learner=learner: one_epoch(learner, order)  # noqa: E731
+                table[name] = Contender(run, shared=self.device.kind == "cpu" and name == "fused")
+            samples = measure.in_turns(table, self.clock, rounds=self.args.epochs, blocks=1, block=0, settle=0)
+            for name, times in samples.items():
+                row = {"contender": name} | self.common(config, precision)
+                yield row | {
+                    "data": self.data.name, "images": n, "samples": times.size, "seconds": f"{np.median(times):.3f}",
+                    "images_per_second": f"{n / np.median(times):.0f}",
+                    "speedup": f"{measure.ratio(samples['plain'], times):.3f}",
+                }  # fmt: skip
 
 
-def gemm_step(config, device):
-    """The matrix products of one step and nothing else."""
-    rng, xp = np.random.default_rng(0), device.xp
-    sizes = (784, *config.hidden, CLASSES)
-    new = lambda *shape: xp.asarray(rng.standard_normal(shape).astype(np.float32))  # noqa: E731
-    x, d = [new(config.batch_size, n) for n in sizes], [new(config.batch_size, n) for n in sizes]
-    w = [new(n, m) for n, m in pairwise(sizes)]
-    dw = [xp.empty_like(a) for a in w]
-
-    def step(_):
-        for i, weight in enumerate(w):
-            xp.matmul(x[i], weight, out=x[i + 1])
-        for i in reversed(range(len(w))):
-            xp.matmul(x[i].T, d[i + 1], out=dw[i])
-            if i:
-                xp.matmul(d[i + 1], w[i].T, out=d[i])
-
-    return step
+def fastest(samples) -> np.ndarray:
+    """Of several contenders, round by round the one with the least median: (rounds, 1)."""
+    return np.min([np.median(times, axis=1, keepdims=True) for times in samples], axis=0)
 
 
-def torch_step(config, data, kind):
-    """PyTorch eager with its fused optimizer, batches gathered from uint8 tensors as ours are."""
-    import torch
-    from torch import nn
-
-    layers = []
-    for n_in, n_out in pairwise((784, *config.hidden, CLASSES)):
-        layers += [nn.Linear(n_in, n_out), nn.ReLU()]
-    model = nn.Sequential(*layers[:-1]).to(kind)
-    optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.optimizer]
-    optimizer = optimizer(model.parameters(), lr=config.lr, fused=True)
-    loss_function = nn.CrossEntropyLoss()
-    images, labels = torch.from_numpy(data.images).to(kind), torch.from_numpy(data.labels).long().to(kind)
-    order = torch.from_numpy(np.random.default_rng(1).permutation(IMAGES)).to(kind)
-    batch = config.batch_size
-
-    def step(k):
-        start = k * batch % (IMAGES - batch)
-        index = order[start : start + batch]
-        x = images[index].to(torch.float32).mul_(1.0 / 255.0)
-        optimizer.zero_grad(set_to_none=True)
-        loss_function(model(x), labels[index]).backward()
-        optimizer.step()
-
-    return step
+def one_epoch(learner, order) -> None:
+    learner.begin_epoch(order)
+    for start in range(0, len(order), learner.batch_size):
+        learner.train_step(start, min(start + learner.batch_size, len(order)), learner.config.lr)
+    learner.totals()
 
 
-def contenders(config, data, kind):
-    """name -> (step function, whether NumPy's BLAS runs on the fused library's threads meanwhile)."""
-    plain, fused = select(kind, fused=False), select(kind, fused=True)
-    table = {
-        "plain": (scratch_step(config, data, plain), False),
-        "fused": (scratch_step(config, data, fused), True),
-        "GEMMs alone": (gemm_step(config, plain), False),
-    }
-    if kind == "cpu":
-        table["GEMMs alone, shared threads"] = (gemm_step(config, plain), True)
-    try:
-        table["torch eager, fused optimizer"] = (torch_step(config, data, kind), False)
-    except ImportError as error:
-        print(f"no torch row: {error}", file=sys.stderr)
-    return table, plain
+def work(config) -> tuple[int, int]:
+    """The floating-point operations of a step's matrix products, and the bytes that it must move at least: parameters
+    and moments read and written by the optimizer, pixels read, activations written once and read once."""
+    widths, batch = contenders.sizes(config), config.batch_size
+    weights = [n * m for n, m in pairwise(widths)]
+    flops = 2 * batch * (3 * sum(weights) - weights[0])  # forward, weight gradients, input gradients but the first
+    parameters = sum(weights) + sum(widths[1:])
+    moved = parameters * (24 if config.optimizer == "adam" else 8) + batch * (widths[0] + 8 * sum(widths[1:]))
+    return flops, moved
 
 
-def measure(table, device, rounds, blocks, settle):
-    """By contender: an array (rounds, blocks) of mean seconds per step."""
-    samples = {name: [] for name in table}
-    for _ in range(rounds):
-        for name, (step, shared) in table.items():
-            if device.kind == "cpu":
-                host.share_blas_threads(shared)
-            began, k = time.perf_counter(), 0
-            while time.perf_counter() - began < settle:
-                step(k)
-                k += 1
-            device.synchronize()
-            turn = []
-            for _ in range(blocks):
-                began = time.perf_counter()
-                for _ in range(STEPS):
-                    step(k)
-                    k += 1
-                device.synchronize()
-                turn.append((time.perf_counter() - began) / STEPS)
-            samples[name].append(turn)
-    return {name: np.array(turns) for name, turns in samples.items()}
+def print_rows(part: str, rows: list[dict]) -> None:
+    hidden = {*measure.MACHINE, "layers", "data", "images", "flops", "bytes", "samples"}
+    names = [name for name in rows[0] if name not in hidden]
+    widths = [max(len(name), *(len(str(row[name])) for row in rows)) + 2 for name in names]
+    print(f"\n{part}: {rows[0]['device']}, {rows[0]['cores']} cores")
+    for row in [dict(zip(names, names)), *rows]:
+        print("".join(str(row[name]).ljust(width) for name, width in zip(names, widths)).rstrip(), flush=True)
 
 
-def versions() -> str:
-    found = [f"python {platform.python_version()}", f"numpy {np.__version__}"]
-    found += [f"{name} {sys.modules[name].__version__}" for name in ("torch", "cupy") if name in sys.modules]
-    return ", ".join(found)
-
-
-def revision() -> str:
-    """The git revision, with a + where the working tree differs from it."""
-    try:
-        git = ["git", "-C", str(ROOT)]
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        measured = ["kernels", "mlp", "CMakeLists.txt", "profile/bench_step.py"]
-        status = [*git, "status", "--porcelain", "--", *measured]
-        changed = subprocess.run(status, capture_output=True, text=True, check=True)
-        return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def rows(samples, config, device):
-    """One CSV row per contender."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    by_round = {name: np.median(times, axis=1) for name, times in samples.items()}
-    gemm = np.min([times for name, times in by_round.items() if name.startswith("GEMM")], axis=0)
-    common = {
-        "model": config.model, "layers": "-".join(map(str, (784, *config.hidden, CLASSES))),
-        "batch": config.batch_size, "dtype": "float32", "device": device.name, "cores": cores,
-        "versions": versions(), "date": date.today().isoformat(), "revision": revision(),
-    }  # fmt: skip
-    for name, times in samples.items():
-        p20, p50, p80 = np.percentile(times, (20, 50, 80))
-        yield common | {
-            "contender": name, "samples": times.size, "p20_ms": f"{p20 * 1e3:.3f}", "p50_ms": f"{p50 * 1e3:.3f}",
-            "p80_ms": f"{p80 * 1e3:.3f}", "to_gemm": f"{np.median(by_round[name] / gemm):.3f}",
-            "images_per_second": f"{config.batch_size / p50:.0f}",
-        }  # fmt: skip
-
-
-def print_table(table) -> None:
-    first = table[0]
-    print(f"{first['model']} ({first['layers']}), batch {first['batch']}, {first['device']}, {first['cores']} cores")
-    print(f"{'':30}{'ms/step p20':>12}{'p50':>9}{'p80':>9}{'/ GEMMs':>9}{'images/s':>11}")
-    for row in table:
-        print(f"{row['contender']:30}{row['p20_ms']:>12}{row['p50_ms']:>9}{row['p80_ms']:>9}{row['to_gemm']:>9}"
-              f"{int(row['images_per_second']):>11,}")  # fmt: skip
-
-
-def main() -> int:
+def parser() -> argparse.ArgumentParser:
+    parts = [name for name in ("ceilings", "step", "phases", "sweep", "epoch")]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--models", default="m0,m1", help="presets, separated by commas (default: m0,m1)")
-    parser.add_argument("--batches", default="256,512", help="batch sizes, separated by commas (default: 256,512)")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each contender (default: 9)")
-    parser.add_argument("--blocks", type=int, default=6, help=f"blocks of {STEPS} steps in a turn (default: 6)")
-    parser.add_argument("--settle", type=float, default=0.2, help="untimed seconds before a turn (default: 0.2)")
-    parser.add_argument("--csv", type=Path, help="where to write (default: profile/results/<device>/step.csv)")
-    args = parser.parse_args()
-    if min(args.rounds, args.blocks) < 1 or not args.settle >= 0:
-        parser.error("--rounds and --blocks must be at least 1, --settle at least 0")
-    batches = args.batches.split(",")
-    if not all(b.isdecimal() and 0 < int(b) <= IMAGES // 2 for b in batches):
-        parser.error(f"--batches {args.batches} is not a list of whole numbers from 1 to {IMAGES // 2}")
-    data, results = synthetic_data(), []
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=parts, help=f"of {','.join(parts)}")
+    parser.add_argument("--models", type=lambda text: text.split(","), default=["m0", "m1"], help="default: m0,m1")
+    parser.add_argument("--images", type=int, default=IMAGES, help=f"in the data set (default: {IMAGES})")
+    parser.add_argument("--rounds", type=int, help="turns of each contender (default: 9, on a GPU 5)")
+    parser.add_argument("--block", type=float, help="seconds of a sample, at least (default: 0.06, on a GPU 0.02)")
+    parser.add_argument("--settle", type=float, default=0.1, help="untimed seconds before a turn (default: 0.1)")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs of each contender (default: 3)")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: profile/results/<device>)")
+    return parser
+
+
+def check(args) -> None:
+    known = parser().get_default("parts")
+    if unknown := set(args.parts) - set(known):
+        raise InputError(f"--parts {', '.join(sorted(unknown))} is unknown; choose of {', '.join(known)}")
+    if args.images < 1024 or args.epochs < 1 or (args.rounds is not None and args.rounds < 1):
+        raise InputError("--images must be at least 1024, --rounds and --epochs at least 1")
+    if not args.settle >= 0 or (args.block is not None and not args.block > 0):
+        raise InputError("--settle must be at least 0 and --block above 0")
+    for model in args.models:
+        configs.preset(model)
+
+
+def main(argv=None) -> int:
+    args = parser().parse_args(argv)
     try:
-        for model in args.models.split(","):
-            for batch in map(int, batches):
-                config = configs.preset(model, batch_size=batch, device=args.device, fused=True)
-                table, device = contenders(config, data, args.device)
-                part = list(rows(measure(table, device, args.rounds, args.blocks, args.settle), config, device))
-                print_table(part)
-                results += part
-    except InputError as error:
+        check(args)
+        device = select(args.device, fused=True)
+        bench = Bench(args, device)
+        sources = [f"profile/{name}.py" for name in ("bench_step", "step_contenders", "measure")]
+        facts = measure.machine(device, *sources)
+        folder = args.out or measure.results_folder(facts, device.kind == "cpu")
+        for part in args.parts:
+            rows = []
+            for precision in PRECISIONS[device.kind]:
+                contenders.set_precision(device, precision)
+                rows += [row | facts for row in getattr(bench, part)(precision)]
+            print_rows(part, rows)
+            measure.write_csv(folder / f"{part}.csv", rows)
+        print(f"written to {folder}")
+    except (InputError, BackendError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    slug = "".join(c if c.isalnum() else "-" for c in f"{device.name} {results[0]['cores']} cores").strip("-").lower()
-    path = args.csv or ROOT / "profile" / "results" / slug / "step.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(results)
-    print(f"written to {path}")
-    return 0
+    return int(bool(bench.failed))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,231 @@
+"""What the measuring scripts share: clocks, turns, CUDA graphs, the facts of the machine, and result files.
+
+Contenders are timed in turns, because a shared machine changes its speed within seconds: a round gives every
+contender one turn, a turn is a few blocks of calls, a sample is a block's mean. Percentiles are those of all
+samples; a ratio of two contenders is the median over the rounds of the ratio within a round.
+"""
+
+import csv
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from kernels import host  # noqa: E402
+from mlp.device import Device  # noqa: E402
+
+MACHINE = ["device", "cores", "driver", "versions", "date", "revision"]  # the last columns of every result file
+
+
+@dataclass
+class Contender:
+    """`run(k)` makes call number k, which does the work `repeats` times. shared: on a CPU, NumPy's BLAS runs on the
+    fused library's threads meanwhile, as it does wherever that library is used."""
+
+    run: Callable[[int], object]
+    shared: bool = False
+    repeats: int = 1
+
+
+def built(builders: dict[str, Callable[[], Contender]], what: str) -> tuple[dict[str, Contender], dict[str, str]]:
+    """The contenders that could be built, after a first call, and by name why the others could not: one that fails is
+    reported and must not cost the others."""
+    table, failed = {}, {}
+    for name, build in builders.items():
+        try:
+            contender = build()
+            contender.run(0)
+            table[name] = contender
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            print(f"error: {what}, {name}: {failed[name]}", file=sys.stderr)
+    return table, failed
+
+
+def host_clock(device: Device):
+    """clock(run, first, n): seconds that n calls take, until the device has done their work."""
+
+    def clock(run, first, n):
+        began = time.perf_counter()
+        for k in range(first, first + n):
+            run(k)
+        device.synchronize()
+        return time.perf_counter() - began
+
+    return clock
+
+
+def event_clock(stream):
+    """The same by CUDA events around the calls on `stream`, without the time that the host takes to begin."""
+    import cupy
+
+    begin, end = cupy.cuda.Event(), cupy.cuda.Event()
+
+    def clock(run, first, n):
+        begin.record(stream)
+        for k in range(first, first + n):
+            run(k)
+        end.record(stream)
+        end.synchronize()
+        return cupy.cuda.get_elapsed_time(begin, end) * 1e-3
+
+    return clock
+
+
+def in_turns(table: dict[str, Contender], clock, *, rounds, blocks, block, settle) -> dict[str, np.ndarray]:
+    """By contender: seconds per unit of work (rounds, blocks). block: at least so many seconds per block.
+    settle: untimed seconds before each turn, in which the others' threads go to sleep and caches fill."""
+    samples = {name: [] for name in table}
+    on_cpu = any(c.shared for c in table.values())
+    for _ in range(rounds):
+        for name, contender in table.items():
+            if on_cpu:
+                host.share_blas_threads(contender.shared)
+            spent, calls = 0.0, 0
+            while spent < settle or not calls:
+                spent += clock(contender.run, calls, 1)
+                calls += 1
+            n = max(1, round(block / max(spent / calls, 1e-9)))
+            turn = []
+            for _ in range(blocks):
+                turn.append(clock(contender.run, calls, n) / (n * contender.repeats))
+                calls += n
+            samples[name].append(turn)
+    return {name: np.array(turns) for name, turns in samples.items()}
+
+
+def ratio(a: np.ndarray, b: np.ndarray) -> float:
+    """How many times as long a takes as b, from samples (rounds, blocks) of the same rounds."""
+    return float(np.median(np.median(a, axis=1) / np.median(b, axis=1)))
+
+
+def percentiles(samples: np.ndarray, unit: str) -> dict:
+    """samples and p20, p50, p80 for a row of a result file; unit "us" or "ms"."""
+    scale = {"us": 1e6, "ms": 1e3}[unit]
+    columns = {f"p{q}_{unit}": f"{np.percentile(samples, q) * scale:.3f}" for q in (20, 50, 80)}
+    return {"samples": samples.size} | columns
+
+
+def cupy_graph(launches, stream):
+    """Capture the calls into a CUDA graph and return run(k), which launches it on `stream`.
+
+    Each is called once before, so that everything is compiled and allocated. What they allocate lies in a pool of
+    its own, which lives as long as the graph that keeps its addresses.
+    """
+    import cupy
+
+    pool = cupy.cuda.MemoryPool()
+    with stream, cupy.cuda.using_allocator(pool.malloc):
+        for launch in launches:
+            launch()
+        stream.begin_capture()
+        for launch in launches:
+            launch()
+        graph = stream.end_capture()
+    graph.upload(stream)
+
+    def run(_, pool=pool):  # holds the pool
+        graph.launch(stream)
+
+    return run
+
+
+def torch_graph(launches, stream):
+    """The same for torch, whose graphs have such a pool themselves."""
+    import torch
+
+    own = torch.cuda.ExternalStream(stream.ptr)
+    with torch.cuda.stream(own):
+        for launch in launches:
+            launch()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=own):
+        for launch in launches:
+            launch()
+
+    def run(_):
+        with torch.cuda.stream(own):
+            graph.replay()
+
+    return run
+
+
+def has_torch() -> bool:
+    """Whether torch can be imported."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def machine(device: Device, *sources: str) -> dict:
+    """The MACHINE columns. A revision ends in + where the kernels, mlp or `sources` differ from the commit."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "device": device.name, "cores": cores, "driver": _driver(device), "versions": _versions(),
+        "date": date.today().isoformat(), "revision": _revision(["kernels", "mlp", "CMakeLists.txt", *sources]),
+    }  # fmt: skip
+
+
+def _driver(device: Device) -> str:
+    """The GPU's driver as nvidia-smi names it, with the CUDA version that it supports."""
+    if device.kind == "cpu":
+        return ""
+    version = device.xp.cuda.runtime.driverGetVersion()
+    supports = f"CUDA {version // 1000}.{version % 1000 // 10}"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return (
+            f"{subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]} ({supports})"
+        )
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return supports
+
+
+def _versions() -> str:
+    has_torch()  # so that it is among the modules
+    found = [f"python {platform.python_version()}", f"numpy {np.__version__}"]
+    found += [f"{name} {sys.modules[name].__version__}" for name in ("torch", "cupy") if name in sys.modules]
+    return ", ".join(found)
+
+
+def _revision(sources: list[str]) -> str:
+    if "REVISION" in os.environ:  # where the tree was copied without its history
+        return os.environ["REVISION"]
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        status = subprocess.run(
+            [*git, "status", "--porcelain", "--", *sources], capture_output=True, text=True, check=True
+        )
+        return head.stdout.strip() + ("+" if status.stdout.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def results_folder(facts: dict, on_cpu: bool) -> Path:
+    """profile/results/<device>, on a CPU with the number of cores, which decides its speed."""
+    name = f"{facts['device']} {facts['cores']} cores" if on_cpu else facts["device"]
+    return ROOT / "profile" / "results" / "-".join(re.findall(r"[a-z0-9]+", name.lower()))
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Write a result file. Every row has the columns of the first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

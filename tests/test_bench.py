@@ -1,0 +1,240 @@
+"""The measuring scripts: every contender computes the op, the CPU's runs are whole, and the GPU's paths execute."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from . import stand_in_gpu
+from .training import ROOT, cpu
+
+torch = pytest.importorskip("torch")
+FAST = ["--rounds", "1", "--blocks", "1", "--settle", "0", "--block", "1e-4"]
+
+
+@pytest.fixture(autouse=True)
+def small_data_set(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "profile"))
+    import kernel_ops
+
+    monkeypatch.setattr(kernel_ops, "IMAGES", 1000)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The stand-in for CuPy, and select() giving its device."""
+    import bench_kernels
+    import bench_step
+    import step_contenders
+
+    cupy = stand_in_gpu.install(monkeypatch)
+    for module in (bench_kernels, bench_step, step_contenders):
+        monkeypatch.setattr(module, "select", lambda kind, fused: stand_in_gpu.device(cupy, fused))
+    return cupy
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def all_ops(xp=np):
+    import kernel_ops
+
+    rng = xp.random.default_rng(0)
+    return [op for make in kernel_ops.OPS.values() for op in make(xp, rng, torch)]
+
+
+def test_every_contender_computes_the_op(gpu, monkeypatch):
+    """fuse() and torch.compile stand for their formulas here; ElementwiseKernel has tests of its own."""
+    import bench_kernels
+    import kernel_ops
+
+    monkeypatch.setattr(torch, "compile", lambda formula: formula)
+    checked = set()
+    for op in all_ops(gpu):
+        arrays = op.arrays(37)
+        pristine = {name: arrays[name].copy() for name in op.mutable}
+        reference = op.reference(arrays)
+        for name, method in bench_kernels.methods(op, "cuda").items():
+            if name != "ElementwiseKernel":
+                argument = op.tensors(arrays) if name.startswith("torch") else arrays
+                bench_kernels.check(op, method, argument, arrays, pristine, reference)
+                checked.add(name)
+    assert checked == set(kernel_ops.METHODS) - {"ElementwiseKernel"}
+
+
+@pytest.mark.parametrize("fault", [lambda x: x * 1.01, lambda x: x * np.nan, lambda x: x[:-1]])
+def test_a_wrong_contender_is_not_timed(fault, capsys):
+    import bench_kernels
+    import measure
+
+    for op in all_ops():
+        fused = op.fused
+        op.fused = lambda a, fused=fused: [fault(np.array(x, np.float64, ndmin=1)) for x in fused(a)]
+        builders = bench_kernels.builders(op, 2**14, bench_kernels.select("cpu", True), None)
+        table, failed = measure.built({"fused": builders["fused"]}, op.name)
+        assert not table and list(failed) == ["fused"]
+    assert "error: bias_act relu, fused: " in capsys.readouterr().err
+
+
+def test_an_output_that_is_not_written_is_noticed():
+    import bench_kernels
+
+    op = all_ops()[0]
+    arrays = op.arrays(8)
+    with pytest.raises(ArithmeticError, match="wrong result"):
+        bench_kernels.check(op, lambda a: [a["y"]], arrays, arrays, {}, op.reference(arrays))
+
+
+def test_kernels_on_this_cpu(tmp_path):
+    import bench_kernels
+    import kernel_ops
+
+    assert bench_kernels.main(["--device", "cpu", "--sizes", "16KB,64KB", *FAST, "--out", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path / "kernels.csv")
+    assert {row["op"].split()[0] for row in rows} == set(kernel_ops.OPS)
+    assert {row["contender"] for row in rows} == {"plain", "fused", "torch eager", "torch fused optimizer", "copy"}
+    for row in rows:
+        assert 0 < float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"])
+        assert int(row["bytes"]) <= int(row["size"]) and float(row["speedup"]) >= 0 and row["revision"]
+    assert all(row["share_of_copy"] == "1.000" for row in rows if row["contender"] == "copy")
+
+
+def test_kernels_on_a_gpu_are_graphs_of_launches_beyond_the_cache(gpu, tmp_path, capsys):
+    """A contender that fails, as torch and ElementwiseKernel do here, is named and costs no other its row."""
+    import bench_kernels
+
+    assert bench_kernels.main(["--device", "cuda", "--sizes", "16KB", *FAST, "--out", str(tmp_path)]) == 1
+    rows = rows_of(tmp_path / "kernels.csv")
+    for op in {row["op"] for row in rows}:
+        timed = {row["contender"] for row in rows if row["op"] == op and row["p50_us"]}
+        assert {"plain", "fused", "copy"} <= timed
+        failed = {row["contender"] for row in rows if row["op"] == op and row["note"] and not row["p50_us"]}
+        assert "torch eager" in failed
+    (stream,) = gpu.streams
+    assert len(stream.graphs) > 20 and all(graph.launches for graph in stream.graphs)
+    assert rows[0]["driver"] == "CUDA 12.8"
+    assert "ElementwiseKernel: AttributeError" in capsys.readouterr().err
+
+
+def test_more_sets_than_fit_into_the_cache(gpu):
+    import bench_kernels
+
+    (op, *_) = all_ops(gpu)
+    sets = bench_kernels.sets_of(op, 16384, stand_in_gpu.device(gpu, True))
+    assert sum(a["z"].nbytes + a["y"].nbytes for a in sets) > 150_000
+    assert len({id(a["z"]) for a in sets}) == len(sets)
+
+
+STEP_FAST = ["--images", "1024", "--rounds", "1", "--epochs", "1", "--settle", "0", "--block", "1e-3"]
+
+
+@pytest.fixture
+def small_sweeps(monkeypatch):
+    import bench_step
+
+    monkeypatch.setattr(bench_step, "BATCHES", (64, 256))
+    monkeypatch.setattr(bench_step, "WIDTHS", (64,))
+    monkeypatch.setattr(bench_step, "CEILINGS", dict.fromkeys(bench_step.CEILINGS, (64, 1)))
+
+
+def test_steps_on_this_cpu(tmp_path, small_sweeps):
+    import bench_step
+
+    assert bench_step.main(["--device", "cpu", *STEP_FAST, "--out", str(tmp_path)]) == 0
+    assert len(rows_of(tmp_path / "ceilings.csv")) == 3
+    step = rows_of(tmp_path / "step.csv")
+    assert {"plain", "fused", "fused, NVTX ranges attached", "torch eager, fused optimizer", "GEMMs alone"} <= {
+        row["contender"] for row in step
+    }
+    for row in step:
+        assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"]) and float(row["to_gemm"]) > 0
+    assert {(row["model"], row["layers"], row["batch"]) for row in step} == {
+        ("m0", "784-128-64-47", "256"), ("m1", "784-400-240-120-47", "512"),
+    }  # fmt: skip
+    phases = rows_of(tmp_path / "phases.csv")
+    assert {row["phase"] for row in phases} == {"gather", "forward", "loss", "backward", "optimizer", "rest"}
+    assert all(float(row["p50_ms"]) > 0 for row in phases)
+    sweep = rows_of(tmp_path / "sweep.csv")
+    assert {(row["sweep"], row["batch"], row["width"]) for row in sweep} == {
+        ("batch", "64", ""), ("batch", "256", ""), ("width", "512", "64"),
+    }  # fmt: skip
+    epoch = rows_of(tmp_path / "epoch.csv")
+    assert {row["data"] for row in epoch} == {"synthetic bytes"} and {row["images"] for row in epoch} == {"1024"}
+
+
+def test_steps_on_a_gpu_are_measured_in_both_precisions(gpu, tmp_path, small_sweeps):
+    import bench_step
+
+    assert bench_step.main(["--device", "cuda", *STEP_FAST, "--out", str(tmp_path)]) == 0
+    for part in ("ceilings", "step", "phases", "sweep", "epoch"):
+        rows = rows_of(tmp_path / f"{part}.csv")
+        assert {row["precision"] for row in rows} == {"float32", "tf32"}, part
+    assert gpu.precisions == ["default", "tf32"] * 5
+
+
+def test_the_work_of_a_step():
+    """Counted by hand for 784-2-47, batch 3: forward and weight gradients 2*3*(784*2 + 2*47) each, input gradient
+    2*3*2*47; sgd moves 8 bytes per parameter."""
+    import bench_step
+    from mlp import configs
+
+    flops, moved = bench_step.work(configs.preset("m0", hidden=(2,), batch_size=3))
+    assert flops == 2 * 2 * 3 * (784 * 2 + 2 * 47) + 2 * 3 * 2 * 47
+    assert moved == 8 * (784 * 2 + 2 * 47 + 2 + 47) + 3 * (784 + 8 * (2 + 47))
+
+
+@pytest.mark.parametrize(
+    "script, arguments",
+    [
+        ("bench_kernels", ["--ops", "nothing"]),
+        ("bench_kernels", ["--sizes", "64"]),
+        ("bench_kernels", ["--sizes", "0KB"]),
+        ("bench_kernels", ["--rounds", "0"]),
+        ("bench_kernels", ["--device", "cuda"]),
+        ("bench_step", ["--models", "nothing"]),
+        ("bench_step", ["--parts", "nothing"]),
+        ("bench_step", ["--images", "1"]),
+        ("bench_step", ["--epochs", "0"]),
+    ],
+)
+def test_refuses_in_one_sentence(script, arguments, tmp_path, capsys):
+    if arguments == ["--device", "cuda"]:
+        try:
+            from kernels import BackendError, cuda
+
+            cuda.check()
+            pytest.skip("this machine has a GPU")
+        except BackendError:
+            pass
+    module = __import__(script)
+    assert module.main([*arguments, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_ratio_is_taken_round_by_round():
+    """A machine that is twice as slow in one round says nothing about the contenders."""
+    import measure
+
+    a, b = np.array([[2.0, 2.0], [4.0, 4.0], [2.0, 2.0]]), np.array([[1.0, 1.0], [2.0, 2.0], [1.0, 1.0]])
+    assert measure.ratio(a, b) == 2.0
+
+
+def test_turns_give_every_contender_each_round(monkeypatch):
+    import measure
+
+    calls = []
+    table = {name: measure.Contender(lambda k, name=name: calls.append(name), repeats=4) for name in "ab"}
+    clock = lambda run, first, n: [run(k) for k in range(first, first + n)] and 1.0 * n  # noqa: E731
+    samples = measure.in_turns(table, clock, rounds=3, blocks=2, block=5.0, settle=2.0)
+    assert samples["a"].shape == (3, 2) and np.all(samples["a"] == 0.25)
+    assert calls == (["a"] * 12 + ["b"] * 12) * 3  # 2 to settle, 2 blocks of 5
+
+
+def test_the_revision_of_a_copy_without_history(monkeypatch):
+    import measure
+
+    monkeypatch.setenv("REVISION", "0123456789ab")
+    assert measure.machine(cpu("plain"))["revision"] == "0123456789ab"
