@@ -38,7 +38,7 @@ def initial_weights(sizes, seed, dtype=np.float32):
 class MLP:
     """Linear layers with an activation between them, on `xp` arrays, computed by `ops`.
 
-    sizes: widths from the input to the classes. rows: the largest batch. Weights are (in, out), initialised from `seed`.
+    sizes: widths from the input to the classes. rows: the largest batch. seed: of the initial weights (in, out).
     parameters, gradients: flat arenas; weights, biases and weight_grads, bias_grads are views into them.
     """
 
