@@ -22,6 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fused", action="store_true", help="use the fused kernels instead of plain array code")
     add("--device", help="auto (default: the GPU where there is one), cpu or cuda")
     add("--data", help="auto (default: EMNIST, else glyphs), emnist, glyphs[:N], or a folder of IDX or .npy files")
+    add("--nvtx", action="store_true", help="mark the phases for Nsight Systems")
     add("--out", type=Path, help="folder for the results (default: a new one under runs/)")
     change = parser.add_argument_group("what to change in the preset").add_argument
     change("--epochs", type=int, help="at most so many passes over the training images")
@@ -48,11 +49,11 @@ def main(argv=None) -> int:
             for name, config in configs.PRESETS.items():
                 print(f"{name:5} {configs.describe(config)}")
             return 0
-        out, model = args.pop("out"), args.pop("model")
+        out, model, nvtx = args.pop("out"), args.pop("model"), args.pop("nvtx")
         config = configs.from_flags(model, **{name: value for name, value in args.items() if value is not None})
         from mlp import run  # NumPy and the rest: only when there is something to compute
 
-        return run.train(config, out)
+        return run.train(config, out, nvtx=nvtx)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,13 +1,14 @@
 """The training loop: epochs, batches, early stopping. It knows a model only by the methods it calls.
 
 A learner has batch_size, begin_epoch(order), train_step(start, stop, lr), totals(), evaluate(index),
-snapshot() and restore(snapshot); see scratch.ScratchLearner.
+snapshot() and restore(snapshot); see scratch.ScratchLearner and torch_models.TorchLearner.
 """
 
 import math
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -72,17 +73,19 @@ class Reporter:
 
 
 def fit(learner, split: Split, config: Config, reporter: Reporter | None = None,
-        on_epoch: Callable[[History], None] = lambda history: None) -> History:  # fmt: skip
+        on_epoch: Callable[[History], None] = lambda history: None, annotate=nullcontext) -> History:  # fmt: skip
     """Train until the epochs, the patience or the user ends it, and leave the learner with its best parameters.
 
-    Best means the lowest validation loss. on_epoch is called after every epoch, with the rows so far.
+    Best means the lowest validation loss. on_epoch is called after every epoch, with the rows so far. An epoch and
+    its validation run inside `with annotate("epoch"):` (see ranges.py).
     Ctrl-C ends after the current step; the epoch that it cut short is not counted.
     """
     reporter = reporter or Reporter()
     history, best_loss, best = History(), math.inf, learner.snapshot()
     with Interrupt() as interrupt:
         for epoch in range(1, config.epochs + 1):
-            row = _epoch(learner, split, config, epoch, reporter, interrupt)
+            with annotate("epoch"):
+                row = _epoch(learner, split, config, epoch, reporter, interrupt)
             if row is None:
                 history.outcome = "interrupted"
                 break

@@ -27,29 +27,35 @@ def _aligned_zeros(count, xp, dtype):
     return raw[offset : offset + count * np.dtype(dtype).itemsize].view(dtype)
 
 
+def initial_weights(sizes, seed, dtype=np.float32):
+    """A weight (in, out) per layer, He-initialised (He et al. 2015: normal, std sqrt(2 / in)) by NumPy from `seed`,
+    so that a model starts from the same values on every device and in torch. Biases start at 0."""
+    rng = np.random.default_rng(seed)
+    for n_in, n_out in pairwise(sizes):
+        yield (rng.standard_normal((n_in, n_out)) * np.sqrt(2.0 / n_in)).astype(dtype)
+
+
 class MLP:
     """Linear layers with an activation between them, on `xp` arrays, computed by `ops`.
 
-    sizes: widths from the input to the classes. rows: the largest batch. Weights are (in, out), He-initialised
-    (He et al. 2015: normal, std sqrt(2 / in)) from `seed` by NumPy, so they are the same on every device.
+    sizes: widths from the input to the classes. rows: the largest batch. seed: of the initial weights (in, out).
     parameters, gradients: flat arenas; weights, biases and weight_grads, bias_grads are views into them.
     """
 
     def __init__(self, sizes, activation, *, rows, xp=np, ops, seed=0, dtype=np.float32):
         self.sizes, self.activation, self.xp, self.ops = tuple(sizes), activation, xp, ops
-        layers = list(pairwise(sizes))
-        shapes = [shape for n_in, n_out in layers for shape in ((n_in, n_out), (n_out,))]
+        shapes = [shape for n_in, n_out in pairwise(sizes) for shape in ((n_in, n_out), (n_out,))]
         self.parameters, views = arena(shapes, xp, dtype)
         self.weights, self.biases = views[::2], views[1::2]
         self.gradients, views = arena(shapes, xp, dtype)
         self.weight_grads, self.bias_grads = views[::2], views[1::2]
-        rng = np.random.default_rng(seed)
-        for weight, (n_in, n_out) in zip(self.weights, layers):
-            weight[...] = xp.asarray((rng.standard_normal((n_in, n_out)) * np.sqrt(2.0 / n_in)).astype(dtype))
-        # For these the output tells the sign of the pre-activation, so it may overwrite it.
-        self._in_place = activation in ("relu", "leaky_relu")
+        for weight, initial in zip(self.weights, initial_weights(sizes, seed, dtype)):
+            weight[...] = xp.asarray(initial)
+        self._activations = [activation] * (len(self.weights) - 1) + ["identity"]
         self._z = [xp.empty((rows, n), dtype) for n in sizes[1:]]
-        self._y = self._z[:-1] if self._in_place else [xp.empty((rows, n), dtype) for n in sizes[1:-1]]
+        # For these the output tells the sign of the pre-activation, so it may overwrite it.
+        in_place = ("relu", "leaky_relu", "identity")
+        self._y = [z if act in in_place else xp.empty_like(z) for act, z in zip(self._activations, self._z)]
         self._dy = [xp.empty((rows, n), dtype) for n in sizes[1:-1]]
 
     @property
@@ -58,24 +64,29 @@ class MLP:
 
     def forward(self, x):
         """x (B, sizes[0]) -> logits (B, sizes[-1]), valid until the next call."""
-        for weight, bias, z, y in zip(self.weights, self.biases, self._z, self._y):
-            z, y = z[: len(x)], y[: len(x)]
-            self.xp.matmul(x, weight, out=z)
-            x = self.ops.bias_act(z, bias, self.activation, out=y)
-        logits = self._z[-1][: len(x)]
-        self.xp.matmul(x, self.weights[-1], out=logits)
-        return self.ops.bias_act(logits, self.biases[-1], "identity", out=logits)
+        for layer in range(len(self.weights)):
+            x = self.forward_layer(layer, x)
+        return x
+
+    def forward_layer(self, layer, x):
+        """x (B, sizes[layer]) -> the layer's output (B, sizes[layer + 1])."""
+        z, y = self._z[layer][: len(x)], self._y[layer][: len(x)]
+        self.xp.matmul(x, self.weights[layer], out=z)
+        return self.ops.bias_act(z, self.biases[layer], self._activations[layer], out=y)
 
     def backward(self, x, dlogits):
         """Write the gradients for the batch x of the last forward(); dlogits (B, classes) is left unchanged."""
-        rows, matmul, dz = len(x), self.xp.matmul, dlogits
-        self.ops.bias_act_backward(dz, dz, "identity", out=dz, bias_grad=self.bias_grads[-1])
-        for layer in reversed(range(1, len(self.weights))):
-            matmul(self._y[layer - 1][:rows].T, dz, out=self.weight_grads[layer])
-            dy = self._dy[layer - 1][:rows]
-            matmul(dz, self.weights[layer].T, out=dy)
-            dz, _ = self.ops.bias_act_backward(
-                dy, self._z[layer - 1][:rows], self.activation, out=dy, bias_grad=self.bias_grads[layer - 1],
-                bias=None if self._in_place else self.biases[layer - 1],
-            )  # fmt: skip
-        matmul(x.T, dz, out=self.weight_grads[0])
+        dy = dlogits
+        for layer in reversed(range(len(self.weights))):
+            dy = self.backward_layer(layer, self._y[layer - 1][: len(x)] if layer else x, dy)
+
+    def backward_layer(self, layer, x, dy):
+        """Write the layer's gradients for its input x (B, sizes[layer]) and the gradient dy of its output, which is
+        overwritten; return the gradient of x, or None for the first layer, where nobody needs it."""
+        z = self._z[layer]
+        dz, _ = self.ops.bias_act_backward(
+            dy, z[: len(x)], self._activations[layer], out=dy, bias_grad=self.bias_grads[layer],
+            bias=None if self._y[layer] is z else self.biases[layer],
+        )  # fmt: skip
+        self.xp.matmul(x.T, dz, out=self.weight_grads[layer])
+        return self.xp.matmul(dz, self.weights[layer].T, out=self._dy[layer - 1][: len(x)]) if layer else None

@@ -6,12 +6,13 @@ import platform
 import re
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 
-from . import InputError, checkpoint, data, plots
+from . import InputError, checkpoint, data, plots, ranges
 from .configs import Config, describe
 from .device import Device, select
 from .evaluate import NOISE_SIGMA, Evaluation
@@ -45,18 +46,23 @@ class ConsoleReporter(Reporter):
         )
 
 
-def train(config: Config, out: Path | None = None) -> int:
+def train(config: Config, out: Path | None = None, *, nvtx: bool = False) -> int:
     """Train `config`, judge it and write the run's folder (`out`, or a new one under runs/).
+
+    nvtx: mark the phases for Nsight Systems.
 
     Prints as it goes. Returns the exit status: 0, 130 after Ctrl-C, 1 where the loss became NaN or infinite;
     in each case the folder holds the results of the best epoch. InputError for whatever the user can mend.
     """
     began = time.perf_counter()
     _refuse_used_folder(out)  # before a download of half a gigabyte
+    annotate = ranges.nvtx_annotate() if nvtx else nullcontext
     device = select(config.device, config.fused)
     dataset = data.load(config.data)
     split = data.stratified_split(dataset.labels)
     learner = ScratchLearner(config, dataset, device, len(split.train))
+    if nvtx:
+        ranges.attach(learner, annotate)
     folder = _make_folder(out, config, dataset.name)  # last: whatever is refused leaves no folder behind
     if dataset.notice:
         print(f"\n*** {dataset.notice} ***\n")
@@ -68,7 +74,7 @@ def train(config: Config, out: Path | None = None) -> int:
         f"{describe(config)}; {learner.model.parameter_count:,} parameters\ndevice: {device.name}"
     )
     with np.errstate(over="ignore", invalid="ignore"):  # a loss that diverges is reported once, as such
-        history = fit(learner, split, config, ConsoleReporter(), lambda h: _write_history(folder, h.rows))
+        history = fit(learner, split, config, ConsoleReporter(), lambda h: _write_history(folder, h.rows), annotate)
     return _finish(config, dataset, device, split, learner, history, folder, began)
 
 

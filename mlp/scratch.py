@@ -47,7 +47,8 @@ class ScratchLearner:
         model, rows = self.model, self.device.chunk_rows
         gradients = model.gradients
         for begin in range(start, stop, rows):
-            self._gradients(self._order[begin : min(begin + rows, stop)], 1.0 / (stop - start))
+            x, labels = self.gather(self._order[begin : min(begin + rows, stop)])
+            model.backward(x, self.loss(model.forward(x), labels, self._totals, 1.0 / (stop - start)))
             if stop - start > rows:
                 gradients = self._sum
                 if begin == start:
@@ -56,18 +57,19 @@ class ScratchLearner:
                     gradients += model.gradients
         self.optimizer.step(model.parameters, gradients, lr)
 
-    def _gradients(self, index, scale: float) -> None:
-        x, y, logits = self._forward(index)
-        dlogits = self._dlogits[: len(x)]
-        self.device.ops.softmax_cross_entropy(logits, y, scale=scale, out=dlogits, totals=self._totals)
-        self.model.backward(x, dlogits)
-
-    def _forward(self, index, noise_sigma: float = 0.0):
-        x, y = self._x[: len(index)], self._y[: len(index)]
+    def gather(self, index, noise_sigma: float = 0.0):
+        """The images and labels at `index` (B,): float32 (B, 784) and int32 (B,), valid until the next call."""
+        x, labels = self._x[: len(index)], self._y[: len(index)]
         self.device.ops.gather_batch(
-            self.images, self.labels, index, out_x=x, out_y=y, noise_sigma=noise_sigma, seed=self.config.seed
+            self.images, self.labels, index, out_x=x, out_y=labels, noise_sigma=noise_sigma, seed=self.config.seed
         )
-        return x, y, self.model.forward(x)
+        return x, labels
+
+    def loss(self, logits, labels, totals, scale: float | None = None):
+        """Add the batch's losses and hits to `totals`; return dlogits (B, classes), valid until the next call."""
+        dlogits = self._dlogits[: len(logits)]
+        self.device.ops.softmax_cross_entropy(logits, labels, scale=scale, out=dlogits, totals=totals)
+        return dlogits
 
     def totals(self) -> tuple[float, int]:
         """Sum of the row losses and number of correct rows since begin_epoch(). Waits for the GPU."""
@@ -81,9 +83,10 @@ class ScratchLearner:
         totals = xp.zeros(2, np.float64)
         confusion = xp.zeros(classes * classes, np.int64)
         for begin in range(0, len(index), rows):
-            x, y, logits = self._forward(index[begin : begin + rows], noise_sigma)
-            confusion += xp.bincount(y * classes + logits.argmax(axis=1), minlength=classes * classes)
-            self.device.ops.softmax_cross_entropy(logits, y, out=self._dlogits[: len(x)], totals=totals)
+            x, labels = self.gather(index[begin : begin + rows], noise_sigma)
+            logits = self.model.forward(x)
+            confusion += xp.bincount(labels * classes + logits.argmax(axis=1), minlength=classes * classes)
+            self.loss(logits, labels, totals)
         loss = float(self.device.numpy(totals)[0])
         return Evaluation(loss / len(index), self.device.numpy(confusion).reshape(classes, classes))
 
