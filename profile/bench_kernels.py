@@ -200,8 +200,9 @@ def main(argv=None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     sources = ("bench_kernels", "kernel_ops", "optimizer_ops", "op_base", "measure")
-    facts = measure.machine(device, *(f"profile/{name}.py" for name in sources))
-    path = (args.out or measure.results_folder(facts, device.kind == "cpu")) / "kernels.csv"
+    facts = measure.machine(device.name, device.kind, *(f"profile/{name}.py" for name in sources))
+    cores = facts["cores"] if device.kind == "cpu" else None
+    path = (args.out or measure.results_folder(device.name, cores)) / "kernels.csv"
     results = []
     for part in measured(args, device, facts):
         print_rows(part)

@@ -220,8 +220,8 @@ def main(argv=None) -> int:
         device = select(args.device, fused=True)
         bench = Bench(args, device)
         sources = [f"profile/{name}.py" for name in ("bench_step", "step_contenders", "measure")]
-        facts = measure.machine(device, *sources)
-        folder = args.out or measure.results_folder(facts, device.kind == "cpu")
+        facts = measure.machine(device.name, device.kind, *sources)
+        folder = args.out or measure.results_folder(device.name, facts["cores"] if device.kind == "cpu" else None)
         for part in args.parts:
             rows = []
             for precision in PRECISIONS[device.kind]:

@@ -6,6 +6,7 @@ samples; a ratio of two contenders is the median over the rounds of the ratio wi
 """
 
 import csv
+import importlib.metadata
 import os
 import platform
 import re
@@ -171,54 +172,54 @@ def has_torch() -> bool:
     return True
 
 
-def machine(device: Device, *sources: str) -> dict:
-    """The MACHINE columns. A revision ends in + where the kernels, mlp or `sources` differ from the commit."""
+def machine(name: str, kind: str, *sources: str) -> dict:
+    """The MACHINE columns for a device of this name, "cpu" or "cuda". Makes no CUDA context.
+
+    A revision ends in + where the kernels, mlp or `sources` differ from the commit.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "device": device.name, "cores": cores, "driver": _driver(device), "versions": _versions(),
+        "device": name, "cores": cores, "driver": "" if kind == "cpu" else _driver(), "versions": _versions(),
         "date": date.today().isoformat(), "revision": _revision(["kernels", "mlp", "CMakeLists.txt", *sources]),
     }  # fmt: skip
 
 
-def _driver(device: Device) -> str:
+def _driver() -> str:
     """The GPU's driver as nvidia-smi names it, with the CUDA version that it supports."""
-    if device.kind == "cpu":
-        return ""
-    version = device.xp.cuda.runtime.driverGetVersion()
+    import cupy
+
+    version = cupy.cuda.runtime.driverGetVersion()
     supports = f"CUDA {version // 1000}.{version % 1000 // 10}"
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return (
-            f"{subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]} ({supports})"
-        )
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return supports
+    name = last_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return f"{name} ({supports})" if name else supports
 
 
 def _versions() -> str:
-    has_torch()  # so that it is among the modules
-    found = [f"python {platform.python_version()}", f"numpy {np.__version__}"]
-    found += [f"{name} {sys.modules[name].__version__}" for name in ("torch", "cupy") if name in sys.modules]
-    return ", ".join(found)
+    packages = {"cupy-cuda12x", "cupy-cuda13x", "cupy", "numpy", "nvtx", "torch"}
+    found = {d.name: d.version for d in importlib.metadata.distributions() if d.name in packages}
+    return ", ".join([f"python {platform.python_version()}", *(f"{name} {found[name]}" for name in sorted(found))])
 
 
 def _revision(sources: list[str]) -> str:
     if "REVISION" in os.environ:  # where the tree was copied without its history
         return os.environ["REVISION"]
-    git = ["git", "-C", str(ROOT)]
+    head = last_line("git", "-C", ROOT, "rev-parse", "--short=12", "HEAD")
+    changed = last_line("git", "-C", ROOT, "status", "--porcelain", "--", *sources)
+    return head + ("+" if changed else "") if head else "unknown"
+
+
+def last_line(*command) -> str:
+    """The last line that a program prints, or nothing where it cannot be run."""
     try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        status = subprocess.run(
-            [*git, "status", "--porcelain", "--", *sources], capture_output=True, text=True, check=True
-        )
-        return head.stdout.strip() + ("+" if status.stdout.strip() else "")
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return ""
+    return next((line.strip() for line in reversed(done.stdout.splitlines()) if line.strip()), "")
 
 
-def results_folder(facts: dict, on_cpu: bool) -> Path:
-    """profile/results/<device>, on a CPU with the number of cores, which decides its speed."""
-    name = f"{facts['device']} {facts['cores']} cores" if on_cpu else facts["device"]
+def results_folder(name: str, cores: int | None = None) -> Path:
+    """profile/results/<device>; a CPU's with the number of cores, which decides its speed."""
+    name += f" {cores} cores" if cores else ""
     return ROOT / "profile" / "results" / "-".join(re.findall(r"[a-z0-9]+", name.lower()))
 
 

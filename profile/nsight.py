@@ -10,7 +10,6 @@ between cudaProfilerStart and cudaProfilerStop. The folder gets the tool's repor
 """
 
 import argparse
-import importlib.metadata
 import platform
 import re
 import shlex
@@ -18,21 +17,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import measure
+import nsight_tables as tables
+import numpy as np
+import step_contenders
 
-import nsight_tables as tables  # noqa: E402
-import numpy as np  # noqa: E402
-
-from kernels import BackendError, cuda  # noqa: E402
-from mlp import InputError, configs, ranges  # noqa: E402
-from mlp.data import BYMERGE_CLASSES, PIXELS, Dataset, stratified_split  # noqa: E402
-from mlp.device import select  # noqa: E402
-from mlp.loop import fit  # noqa: E402
-from mlp.scratch import ScratchLearner  # noqa: E402
+from kernels import BackendError, cuda
+from mlp import InputError, configs, ranges
+from mlp.data import stratified_split
+from mlp.device import select
+from mlp.loop import fit
 
 IMAGES = 809_555  # of which 70 % are trained on
 WARM_UP = 20  # steps before the one that ncu records
@@ -40,14 +36,6 @@ NAMES = {"nsys": "Nsight Systems", "ncu": "Nsight Compute"}
 CUDA_BIN, OPT = Path("/usr/local/cuda/bin"), Path("/opt/nvidia")  # where NVIDIA's installers put them
 IN_OPT = {"nsys": ("nsight-*/*/bin/nsys", "nsight-*/*/host/target-linux-*/nsys"), "ncu": ("nsight-*/*/ncu",)}
 OURS = "regex:^(bias_act_[a-z_]+|softmax_xent_[0-9]+|adam|sgd|gather)$"  # the kernels of kernels/src/module.cu
-
-
-def synthetic_data(images: int) -> Dataset:
-    """Random bytes in place of images: the time of a step does not depend on what they show."""
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (images, PIXELS), dtype=np.uint8)
-    labels = rng.integers(0, len(BYMERGE_CLASSES), images).astype(np.int32)
-    return Dataset("synthetic bytes", pixels, labels, BYMERGE_CLASSES, "")
 
 
 def switch(device, on: bool) -> None:
@@ -88,14 +76,10 @@ def child(args) -> None:
     fused = args.contender == "fused"
     device = select(args.device, fused)
     config = configs.preset(args.model, epochs=2, device=args.device, fused=fused)
-    data = synthetic_data(args.images)
+    data = step_contenders.synthetic_data(args.images)
     split = stratified_split(data.labels)
-    if args.contender == "torch":
-        from mlp.torch_models import TorchLearner
-
-        learner = TorchLearner(config, data, device.kind, len(split.train))
-    else:
-        learner = ScratchLearner(config, data, device, len(split.train))
+    name = step_contenders.EAGER if args.contender == "torch" else args.contender
+    learner = step_contenders.learner(name, config, data, device)
     {"nsys": one_epoch, "ncu": one_step}[args.tool](learner, split, config, device)
 
 
@@ -167,7 +151,7 @@ def profile(args) -> None:
             "comes with the CUDA toolkit and by itself from NVIDIA"
         )
     tool, batch = tool or args.tool, configs.preset(args.model).batch_size
-    folder = args.out or ROOT / "profile" / "results" / "-".join(re.findall(r"[a-z0-9]+", device_name(args).lower()))
+    folder = args.out or measure.results_folder(device_name(args))
     report = folder / f"{args.model}-{args.contender}.{args.tool}-rep"
     if args.print:
         print(shlex.join(record_command(tool, args, report)))
@@ -202,27 +186,9 @@ def device_name(args) -> str:
 
 def facts(args, tool: str) -> dict:
     """The last columns of every result file: what was measured, and with what."""
-    packages = {"cupy-cuda12x", "cupy-cuda13x", "cupy", "numpy", "nvtx", "torch"}
-    found = {d.name: d.version for d in importlib.metadata.distributions() if d.name in packages}
-    version = re.search(r"ersion ([\d.]*\d)", output(tool, "--version"))
-    found |= {"python": platform.python_version(), args.tool: version[1] if version else "unknown"}
-    head = output("git", "-C", ROOT, "rev-parse", "--short=12", "HEAD") or "unknown"
-    changed = output("git", "-C", ROOT, "status", "--porcelain", "--", "kernels", "mlp", "profile/*.py")
-    return {
-        "data": f"synthetic bytes, {args.images} images", "device": device_name(args),
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "versions": ", ".join(f"{name} {found[name]}" for name in sorted(found)), "date": date.today().isoformat(),
-        "revision": head + ("+" if changed else ""),
-    }  # fmt: skip
-
-
-def output(*command) -> str:
-    """The last line that a program prints, or nothing where it cannot be run."""
-    try:
-        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
-        return last_line(done.stdout.splitlines())
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+    version = re.search(r"ersion ([\d.]*\d)", measure.last_line(tool, "--version"))
+    about = {"data": f"synthetic bytes, {args.images} images", "tool": f"{args.tool} {version[1] if version else ''}"}
+    return about | measure.machine(device_name(args), args.device, "profile/nsight.py", "profile/nsight_tables.py")
 
 
 def arguments(argv) -> argparse.Namespace:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from . import stand_in_gpu
-from .training import ROOT, cpu
+from .training import ROOT
 
 torch = pytest.importorskip("torch")
 FAST = ["--rounds", "1", "--blocks", "1", "--settle", "0", "--block", "1e-4"]
@@ -237,4 +237,4 @@ def test_the_revision_of_a_copy_without_history(monkeypatch):
     import measure
 
     monkeypatch.setenv("REVISION", "0123456789ab")
-    assert measure.machine(cpu("plain"))["revision"] == "0123456789ab"
+    assert measure.machine("cpu", "cpu")["revision"] == "0123456789ab"

@@ -130,7 +130,7 @@ def test_a_timeline_through_every_process(tmp_path, fake, main):
     for row in (adam, step):
         assert (row["model"], row["contender"], row["batch"]) == ("m0", "fused", "256")
         assert row["data"] == "synthetic bytes, 2000 images" and row["device"] and row["date"] and row["revision"]
-        assert "nsys 2024.1.1.0" in row["versions"] and "numpy " in row["versions"]
+        assert row["tool"] == "nsys 2024.1.1.0" and "numpy " in row["versions"]
     record, export = fake.calls()
     assert record[0] == "profile" and export[0] == "stats"
     assert {"--trace=cuda,nvtx,cublas", "--capture-range=cudaProfilerApi", "--capture-range-end=stop", "--sample=none",
@@ -150,7 +150,7 @@ def test_counters_through_every_process(tmp_path, fake, main):
     assert [gather[column] for column in tables.METRICS] == [
         "1420.832", "376.116573951", "31.1", "268457472", "93.89", "100", "24", "5120",
     ]  # fmt: skip
-    assert "ncu 2024.1.1.0" in gather["versions"]
+    assert gather["tool"] == "ncu 2024.1.1.0"
     record, export = fake.calls()
     metrics = ",".join(metric for metric, _ in tables.METRICS.values())
     assert pairs(record) >= {("--profile-from-start", "off"), ("--clock-control", "none"), ("--metrics", metrics),
