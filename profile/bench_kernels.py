@@ -160,7 +160,8 @@ def measured(args, device: Device, facts: dict):
     clock = measure.host_clock(device) if stream is None else measure.event_clock(stream)
     sizes = list(map(parse_size, (args.sizes or SIZES[device.kind]).split(",")))
     ops = [op for name in args.ops.split(",") for op in kernel_ops.OPS[name](xp, rng, torch)]
-    times = {"rounds": args.rounds, "blocks": args.blocks, "block": args.block, "settle": args.settle}
+    rounds = args.rounds or (9 if device.kind == "cpu" else 5)
+    times = {"rounds": rounds, "blocks": args.blocks, "block": args.block, "settle": args.settle}
     for op, size in itertools.product(ops, sizes):
         try:
             table, failed = measure.built(builders(op, size, device, stream), f"{op.name} {size}")
@@ -172,6 +173,8 @@ def measured(args, device: Device, facts: dict):
         if stream is not None:
             del table
             xp.get_default_memory_pool().free_all_blocks()
+            if torch and torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -179,7 +182,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--ops", default=",".join(kernel_ops.OPS), help="separated by commas (default: all)")
     parser.add_argument("--sizes", help=f"bytes that must move (default: {SIZES['cpu']}; on a GPU {SIZES['cuda']})")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each contender (default: 9)")
+    parser.add_argument("--rounds", type=int, help="turns of each contender (default: 9, on a GPU 5)")
     parser.add_argument("--blocks", type=int, default=3, help="samples in a turn (default: 3)")
     parser.add_argument("--block", type=float, default=0.002, help="seconds of a sample, at least (default: 0.002)")
     parser.add_argument("--settle", type=float, default=0.01, help="untimed seconds before a turn (default: 0.01)")
@@ -192,7 +195,7 @@ def main(argv=None) -> int:
     try:
         if unknown := set(args.ops.split(",")) - set(kernel_ops.OPS):
             raise InputError(f"--ops {', '.join(sorted(unknown))} is unknown; choose of {', '.join(kernel_ops.OPS)}")
-        if min(args.rounds, args.blocks) < 1 or not args.settle >= 0 or not args.block > 0:
+        if min(args.rounds or 1, args.blocks) < 1 or not args.settle >= 0 or not args.block > 0:
             raise InputError("--rounds and --blocks must be at least 1, --settle at least 0 and --block above 0")
         list(map(parse_size, (args.sizes or SIZES["cpu"]).split(",")))
         device = select(args.device, fused=True)

@@ -4,8 +4,8 @@
     python profile/bench_step.py --parts step,phases --out folder
 
 Parts, each a result file: `ceilings`, the machine's fastest matrix product and copy; `step`, a step of m0 and m1;
-`phases`, where its time goes; `sweep`, batch and width, for the roofline; `epoch`, a whole epoch of as many images as
-EMNIST ByMerge trains on. The images are synthetic bytes. On a GPU all is measured in float32 and with TF32 products.
+`phases`, where its time goes; `epoch`, a whole epoch of as many images as EMNIST ByMerge trains on; `sweep`, batch and
+width, for the roofline. The images are synthetic bytes. On a GPU all is measured in float32 and with TF32 products.
 """
 
 import argparse
@@ -111,6 +111,25 @@ class Bench:
                     row = {"contender": name} | self.common(config, precision) | {"phase": phase}
                     yield row | measure.percentiles(seconds, "ms")
 
+    def epoch(self, precision):
+        """An epoch from its order of images to its loss on the host, without validation."""
+        n = len(self.data.labels)
+        order = np.random.default_rng(2).permutation(n).astype(np.int32)
+        for model in self.args.models:
+            config, table = self.config(model), {}
+            for name in contenders.learner_names(self.device):
+                learner = contenders.learner(name, config, self.data, self.device)
+                run = lambda _, learner=learner: one_epoch(learner, order)  # noqa: E731
+                table[name] = Contender(run, shared=self.device.kind == "cpu" and name == "fused")
+            samples = measure.in_turns(table, self.clock, rounds=self.args.epochs, blocks=1, block=0, settle=0)
+            for name, times in samples.items():
+                row = {"contender": name} | self.common(config, precision)
+                yield row | {
+                    "data": self.data.name, "images": n, "samples": times.size, "seconds": f"{np.median(times):.3f}",
+                    "images_per_second": f"{n / np.median(times):.0f}",
+                    "speedup": f"{measure.ratio(samples['plain'], times):.3f}",
+                }  # fmt: skip
+
     def sweep(self, precision):
         """The step of m1 as the batch grows, and as its hidden layers grow."""
         points = [("batch", {"batch_size": batch}) for batch in BATCHES if batch <= self.args.images // 2]
@@ -129,28 +148,6 @@ class Bench:
                     measure.percentiles(times, "ms")) | {
                     "flops": flops, "bytes": moved, "gflop_per_s": f"{flops / np.median(times) / 1e9:.1f}",
                     "images_per_second": f"{config.batch_size / np.median(times):.0f}",
-                }  # fmt: skip
-
-    def epoch(self, precision):
-        """An epoch from its order of images to its loss on the host, without validation."""
-        n = len(self.data.labels)
-        order = np.random.default_rng(2).permutation(n).astype(np.int32)
-        for model in self.args.models:
-            config, table = self.config(model), {}
-            names = [*contenders.learner_names(self.device)]
-            if self.device.kind == "cuda" and contenders.torch_can("cuda"):
-                names.append(contenders.COMPILED)
-            for name in names:
-                learner = contenders.learner(name, config, self.data, self.device)
-                run = lambda _, learner=learner: one_epoch(learner, order)  # noqa: E731
-                table[name] = Contender(run, shared=self.device.kind == "cpu" and name == "fused")
-            samples = measure.in_turns(table, self.clock, rounds=self.args.epochs, blocks=1, block=0, settle=0)
-            for name, times in samples.items():
-                row = {"contender": name} | self.common(config, precision)
-                yield row | {
-                    "data": self.data.name, "images": n, "samples": times.size, "seconds": f"{np.median(times):.3f}",
-                    "images_per_second": f"{n / np.median(times):.0f}",
-                    "speedup": f"{measure.ratio(samples['plain'], times):.3f}",
                 }  # fmt: skip
 
 
@@ -187,7 +184,7 @@ def print_rows(part: str, rows: list[dict]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    parts = [name for name in ("ceilings", "step", "phases", "sweep", "epoch")]
+    parts = ["ceilings", "step", "phases", "epoch", "sweep"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--parts", type=lambda text: text.split(","), default=parts, help=f"of {','.join(parts)}")

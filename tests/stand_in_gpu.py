@@ -88,7 +88,7 @@ class CuPy(ModuleType):
             Stream=self._stream, Event=Event, get_elapsed_time=lambda begin, end: (end.at - begin.at) * 1e3,
             get_current_stream=Stream, MemoryPool=lambda: SimpleNamespace(malloc=None),
             using_allocator=contextlib.nullcontext, runtime=SimpleNamespace(driverGetVersion=lambda: 12080),
-            Device=lambda: SimpleNamespace(attributes={"L2CacheSize": 150_000}),
+            Device=lambda: SimpleNamespace(attributes={"L2CacheSize": 150_000}, synchronize=lambda: None),
         )  # fmt: skip
 
     def _stream(self, non_blocking):
