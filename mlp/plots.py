@@ -7,7 +7,7 @@ import numpy as np
 from .loop import EpochRow
 
 
-def _figure(*args, **kwargs):
+def new_figure(*args, **kwargs):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -18,7 +18,7 @@ def _figure(*args, **kwargs):
 
 def training(path: Path, rows: list[EpochRow], best_epoch: int, title: str) -> None:
     """Loss and accuracy by epoch, training against validation, with the epoch whose parameters were kept."""
-    figure = _figure(figsize=(10, 4))
+    figure = new_figure(figsize=(10, 4))
     figure.suptitle(title)
     epochs = [row.epoch for row in rows]
     panels = (("loss", "cross-entropy (nats)", 1.0), ("accuracy", "accuracy (%)", 100.0))
@@ -42,7 +42,7 @@ def confusion(path: Path, matrix: np.ndarray, class_names: tuple[str, ...], titl
 
     share = 100.0 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     size = max(6.0, 0.22 * len(class_names) + 1.5)
-    figure = _figure(figsize=(size + 1.0, size))
+    figure = new_figure(figsize=(size + 1.0, size))
     axes = figure.subplots()
     image = axes.imshow(share, norm=PowerNorm(0.4, vmin=0, vmax=100), cmap="magma_r")  # shows the rare errors too
     ticks = range(len(class_names))
@@ -57,7 +57,7 @@ def confusion(path: Path, matrix: np.ndarray, class_names: tuple[str, ...], titl
 
 def noise(path: Path, accuracy: dict[float, float], classes: int, title: str) -> None:
     """Test accuracy against the standard deviation of Gaussian pixel noise, and what guessing would reach."""
-    figure = _figure(figsize=(6, 4))
+    figure = new_figure(figsize=(6, 4))
     axes = figure.subplots()
     axes.plot(list(accuracy), [100.0 * a for a in accuracy.values()], marker="o", label="model")
     axes.axhline(100.0 / classes, color="grey", linestyle=":", label="guessing a class")

@@ -127,17 +127,13 @@ def rows(op, size, samples, failed, facts):
         times, plain = samples[name], samples.get("plain")
         yield common | measure.percentiles(times, "us") | {
             "contender": "copy" if name == ceiling else name,
-            "gb_per_s": f"{moved / np.median(times) / 1e9:.2f}",
-            "share_of_copy": f"{measure.ratio(samples[ceiling], times):.3f}",
-            "speedup": "" if plain is None else f"{measure.ratio(plain, times):.3f}",
+            "gb_per_s": measure.significant(moved / np.median(times) / 1e9),
+            "share_of_copy": measure.ratio(samples[ceiling], times),
+            "speedup": "" if plain is None else measure.ratio(plain, times),
             "note": name if name == ceiling else "",
         } | facts  # fmt: skip
     for name, reason in failed.items():
         yield common | {"contender": name, "note": reason} | facts
-
-
-COLUMNS = ["op", "contender", "size", "shape", "dtype", "samples", "p20_us", "p50_us", "p80_us", "bytes", "gb_per_s",
-           "share_of_copy", "speedup", "note", *measure.MACHINE]  # fmt: skip
 
 
 def print_rows(part) -> None:
@@ -169,7 +165,7 @@ def measured(args, device: Device, facts: dict):
             print(f"{op.name}: arrays for {size / MB:g} MB do not fit into memory and are left out", file=sys.stderr)
             continue
         samples = measure.in_turns(table, clock, **times)
-        yield [{c: row.get(c, "") for c in COLUMNS} for row in rows(op, size, samples, failed, facts)]
+        yield list(rows(op, size, samples, failed, facts))
         if stream is not None:
             del table
             xp.get_default_memory_pool().free_all_blocks()
@@ -195,7 +191,11 @@ def main(argv=None) -> int:
     try:
         if unknown := set(args.ops.split(",")) - set(kernel_ops.OPS):
             raise InputError(f"--ops {', '.join(sorted(unknown))} is unknown; choose of {', '.join(kernel_ops.OPS)}")
-        if min(args.rounds or 1, args.blocks) < 1 or not args.settle >= 0 or not args.block > 0:
+        if (
+            min(1 if args.rounds is None else args.rounds, args.blocks) < 1
+            or not args.settle >= 0
+            or not args.block > 0
+        ):
             raise InputError("--rounds and --blocks must be at least 1, --settle at least 0 and --block above 0")
         list(map(parse_size, (args.sizes or SIZES["cpu"]).split(",")))
         device = select(args.device, fused=True)
@@ -212,7 +212,7 @@ def main(argv=None) -> int:
         results += part
         measure.write_csv(path, results)  # each time, so that a run that is cut short leaves what it had
     print(f"written to {path}")
-    return int(any(not row["p50_us"] for row in results))
+    return int(any("p50_us" not in row for row in results))
 
 
 if __name__ == "__main__":

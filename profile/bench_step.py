@@ -18,6 +18,7 @@ import numpy as np
 import step_contenders as contenders
 from measure import Contender
 from phase_clock import PhaseClock
+from result_files import MACHINE
 from step_contenders import GEMM_ONLY
 
 from kernels import BackendError
@@ -77,7 +78,7 @@ class Bench:
             yield {
                 "name": name,
                 "precision": precision,
-                "value": f"{amount / np.median(times) / 1e9:.1f}",
+                "value": measure.significant(amount / np.median(times) / 1e9),
                 "unit": unit,
             }
 
@@ -90,8 +91,8 @@ class Bench:
             gemm = fastest(samples[name] for name in samples if name.startswith(GEMM_ONLY))
             for name, times in samples.items():
                 yield {"contender": name} | self.common(config, precision) | measure.percentiles(times, "ms") | {
-                    "to_gemm": f"{measure.ratio(times, gemm):.3f}",
-                    "speedup": f"{measure.ratio(samples['plain'], times):.3f}",
+                    "to_gemm": measure.ratio(times, gemm),
+                    "speedup": measure.ratio(samples['plain'], times),
                     "images_per_second": f"{config.batch_size / np.median(times):.0f}",
                 }  # fmt: skip
 
@@ -125,9 +126,9 @@ class Bench:
             for name, times in samples.items():
                 row = {"contender": name} | self.common(config, precision)
                 yield row | {
-                    "data": self.data.name, "images": n, "samples": times.size, "seconds": f"{np.median(times):.3f}",
+                    "data": self.data.name, "images": n, "samples": times.size, "seconds": measure.significant(np.median(times)),
                     "images_per_second": f"{n / np.median(times):.0f}",
-                    "speedup": f"{measure.ratio(samples['plain'], times):.3f}",
+                    "speedup": measure.ratio(samples['plain'], times),
                 }  # fmt: skip
 
     def sweep(self, precision):
@@ -146,7 +147,7 @@ class Bench:
                 width = config.hidden[0] if kind == "width" else ""
                 yield {"sweep": kind, "contender": name} | self.common(config, precision) | {"width": width} | (
                     measure.percentiles(times, "ms")) | {
-                    "flops": flops, "bytes": moved, "gflop_per_s": f"{flops / np.median(times) / 1e9:.1f}",
+                    "flops": flops, "bytes": moved, "gflop_per_s": measure.significant(flops / np.median(times) / 1e9),
                     "images_per_second": f"{config.batch_size / np.median(times):.0f}",
                 }  # fmt: skip
 
@@ -175,7 +176,7 @@ def work(config) -> tuple[int, int]:
 
 
 def print_rows(part: str, rows: list[dict]) -> None:
-    hidden = {*measure.MACHINE, "layers", "data", "images", "flops", "bytes", "samples"}
+    hidden = {*MACHINE, "layers", "data", "images", "flops", "bytes", "samples"}
     names = [name for name in rows[0] if name not in hidden]
     widths = [max(len(name), *(len(str(row[name])) for row in rows)) + 2 for name in names]
     print(f"\n{part}: {rows[0]['device']}, {rows[0]['cores']} cores")

@@ -23,10 +23,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from result_files import COLUMNS  # noqa: E402
+
 from kernels import host  # noqa: E402
 from mlp.device import Device  # noqa: E402
-
-MACHINE = ["device", "cores", "driver", "versions", "date", "revision"]  # the last columns of every result file
 
 
 @dataclass
@@ -112,16 +112,21 @@ def in_turns(table: dict[str, Contender], clock, *, rounds, blocks, block, settl
     return {name: np.array(turns) for name, turns in samples.items()}
 
 
-def ratio(a: np.ndarray, b: np.ndarray) -> float:
+def ratio(a: np.ndarray, b: np.ndarray) -> str:
     """How many times as long a takes as b, from samples (rounds, blocks) of the same rounds."""
-    return float(np.median(np.median(a, axis=1) / np.median(b, axis=1)))
+    return significant(np.median(np.median(a, axis=1) / np.median(b, axis=1)))
 
 
 def percentiles(samples: np.ndarray, unit: str) -> dict:
     """samples and p20, p50, p80 for a row of a result file; unit "us" or "ms"."""
     scale = {"us": 1e6, "ms": 1e3}[unit]
-    columns = {f"p{q}_{unit}": f"{np.percentile(samples, q) * scale:.3f}" for q in (20, 50, 80)}
+    columns = {f"p{q}_{unit}": significant(np.percentile(samples, q) * scale) for q in (20, 50, 80)}
     return {"samples": samples.size} | columns
+
+
+def significant(value: float) -> str:
+    """Four significant digits, never with an exponent."""
+    return np.format_float_positional(value, precision=4, unique=False, fractional=False, trim="-")
 
 
 def cupy_graph(launches, stream):
@@ -181,7 +186,7 @@ def has_torch() -> bool:
 
 
 def machine(name: str, kind: str, *sources: str) -> dict:
-    """The MACHINE columns for a device of this name, "cpu" or "cuda". Makes no CUDA context.
+    """The last columns of every result file, for a device of this name, "cpu" or "cuda". Makes no CUDA context.
 
     A revision ends in + where the kernels, mlp or `sources` differ from the commit.
     """
@@ -232,9 +237,11 @@ def results_folder(name: str, cores: int | None = None) -> Path:
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """Write a result file. Every row has the columns of the first."""
+    """Write a result file, whose name says which columns it has. What a row lacks is left empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+    part = path.with_name(path.name + ".part")
+    with open(part, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS[path.name], restval="")
         writer.writeheader()
         writer.writerows(rows)
+    os.replace(part, path)

@@ -5,7 +5,7 @@
     python profile/report.py --check          # exit 1 if README.md or a plot differs from the results; writes nothing
     python profile/report.py --compare A B    # exit 1 if a ratio of two runs differs by more than 10 %
 
-Exits with 2, and one sentence, for results that are not those of one run on one machine; see report_files.py.
+Exits with 2, and one sentence, for results that are not those of one run on one machine; see result_files.py.
 """
 
 import argparse
@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 import report_plots
-from report_files import COLUMNS, RATIOS, InputError, Results, Row
-from report_files import has_results, key, machine, made, number, read, unique
+from result_files import COLUMNS, RATIOS, InputError, Results, Row
+from result_files import has_results, key, machine, made, number, read, unique
 
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS = ROOT / "README.md", ROOT / "profile" / "results"

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import numpy as np
-from report_files import InputError, Results, Row, machine, made, number, unique
+from result_files import InputError, Results, Row, machine, made, number, unique
 from report_style import PAPER, binary, curve, grid, legend, look, plain_ticks
 
 PHASES = ("gather", "forward", "loss", "backward", "optimizer", "rest")

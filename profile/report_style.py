@@ -3,9 +3,9 @@
 import math
 
 import numpy as np
-from report_files import InputError, Row, number
+from result_files import InputError, Row, number
 
-from mlp.plots import _figure as new_figure
+from mlp.plots import new_figure
 
 LOOK = {  # colours of Okabe and Ito (2008), which colour-blind readers tell apart; markers for everybody
     "plain": ("#7f7f7f", "s"),
@@ -14,13 +14,16 @@ LOOK = {  # colours of Okabe and Ito (2008), which colour-blind readers tell apa
     "fused, NVTX ranges attached": ("#f0e442", "h"),
     "torch eager": ("#0072b2", "^"),
     "torch eager, fused optimizer": ("#0072b2", "^"),
+    "torch fused optimizer": ("#332288", "<"),
     "torch.compile": ("#56b4e9", "v"),
+    "torch.compile, fused optimizer": ("#56b4e9", "v"),
     "torch CUDA graph, fused optimizer": ("#332288", "<"),
     "cupy.fuse": ("#009e73", "P"),
     "ElementwiseKernel": ("#cc79a7", "X"),
     "copy": ("#000000", "."),
     "GEMMs alone": ("#000000", "."),
     "GEMMs alone, shared threads": ("#4d4d4d", "x"),
+    "GEMMs alone, torch CUDA graph": ("#4d4d4d", "+"),
 }
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}  # behind text that lies on lines
 

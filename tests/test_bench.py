@@ -98,7 +98,7 @@ def test_kernels_on_this_cpu(tmp_path):
     for row in rows:
         assert 0 < float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"])
         assert int(row["bytes"]) <= int(row["size"]) and float(row["speedup"]) >= 0 and row["revision"]
-    assert all(row["share_of_copy"] == "1.000" for row in rows if row["contender"] == "copy")
+    assert all(row["share_of_copy"] == "1" for row in rows if row["contender"] == "copy")
 
 
 def test_kernels_on_a_gpu_are_graphs_of_launches_beyond_the_cache(gpu, tmp_path, capsys):
@@ -219,7 +219,7 @@ def test_a_ratio_is_taken_round_by_round():
     import measure
 
     a, b = np.array([[2.0, 2.0], [4.0, 4.0], [2.0, 2.0]]), np.array([[1.0, 1.0], [2.0, 2.0], [1.0, 1.0]])
-    assert measure.ratio(a, b) == 2.0
+    assert measure.ratio(a, b) == "2"
 
 
 def test_turns_give_every_contender_each_round(monkeypatch):
