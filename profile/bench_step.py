@@ -40,8 +40,9 @@ class Bench:
         self.data = contenders.synthetic_data(args.images)
         self.stream = device.xp.cuda.Stream(non_blocking=True) if device.kind == "cuda" else None
         self.clock = measure.host_clock(device)
-        rounds, block = (9, 0.06) if device.kind == "cpu" else (5, 0.02)
+        rounds, block = (15, 0.06) if device.kind == "cpu" else (5, 0.02)
         self.times = {"rounds": args.rounds or rounds, "block": args.block or block, "settle": args.settle}
+        self.times["rest"] = 4 * args.settle
         self.failed = {}
 
     def config(self, model: str, **changes):
@@ -87,7 +88,7 @@ class Bench:
         for model in self.args.models:
             config = self.config(model)
             builders = contenders.builders(config, self.data, self.device, self.stream)
-            samples = self.in_turns(builders, f"step of {model} in {precision}", blocks=6)
+            samples = self.in_turns(builders, f"step of {model} in {precision}", blocks=2)
             gemm = fastest(samples[name] for name in samples if name.startswith(GEMM_ONLY))
             for name, times in samples.items():
                 yield {"contender": name} | self.common(config, precision) | measure.percentiles(times, "ms") | {
@@ -122,11 +123,13 @@ class Bench:
                 learner = contenders.learner(name, config, self.data, self.device)
                 run = lambda _, learner=learner: one_epoch(learner, order)  # noqa: E731
                 table[name] = Contender(run, shared=self.device.kind == "cpu" and name == "fused")
-            samples = measure.in_turns(table, self.clock, rounds=self.args.epochs, blocks=1, block=0, settle=0)
+            times = self.times | {"rounds": self.args.epochs, "settle": 0}  # a block is one epoch
+            samples = measure.in_turns(table, self.clock, blocks=1, **times)
             for name, times in samples.items():
                 row = {"contender": name} | self.common(config, precision)
                 yield row | {
-                    "data": self.data.name, "images": n, "samples": times.size, "seconds": measure.significant(np.median(times)),
+                    "data": self.data.name, "images": n, "samples": times.size,
+                    "seconds": measure.significant(np.median(times)),
                     "images_per_second": f"{n / np.median(times):.0f}",
                     "speedup": measure.ratio(samples['plain'], times),
                 }  # fmt: skip
@@ -191,9 +194,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", type=lambda text: text.split(","), default=parts, help=f"of {','.join(parts)}")
     parser.add_argument("--models", type=lambda text: text.split(","), default=["m0", "m1"], help="default: m0,m1")
     parser.add_argument("--images", type=int, default=IMAGES, help=f"in the data set (default: {IMAGES})")
-    parser.add_argument("--rounds", type=int, help="turns of each contender (default: 9, on a GPU 5)")
+    parser.add_argument("--rounds", type=int, help="turns of each contender (default: 15, on a GPU 5)")
     parser.add_argument("--block", type=float, help="seconds of a sample, at least (default: 0.06, on a GPU 0.02)")
-    parser.add_argument("--settle", type=float, default=0.1, help="untimed seconds before a turn (default: 0.1)")
+    parser.add_argument("--settle", type=float, default=0.05, help="untimed seconds before a turn (default: 0.05)")
     parser.add_argument("--epochs", type=int, default=3, help="epochs of each contender (default: 3)")
     parser.add_argument("--out", type=Path, help="folder of the results (default: profile/results/<device>)")
     return parser

@@ -7,6 +7,7 @@ samples; a ratio of two contenders is the median over the rounds of the ratio wi
 
 import csv
 import importlib.metadata
+import itertools
 import os
 import platform
 import re
@@ -90,20 +91,25 @@ def event_clock(stream):
     return clock
 
 
-def in_turns(table: dict[str, Contender], clock, *, rounds, blocks, block, settle) -> dict[str, np.ndarray]:
-    """By contender: seconds per unit of work (rounds, blocks). block: at least so many seconds per block.
-    settle: untimed seconds before each turn, in which the others' threads go to sleep and caches fill."""
+def in_turns(table: dict[str, Contender], clock, *, rounds, blocks, block, settle, rest=0.0) -> dict[str, np.ndarray]:
+    """By contender: seconds per unit of work (rounds, blocks), every other round in reverse order.
+
+    block: at least so many seconds per block. rest: seconds before each turn on a CPU, in which the threads of the
+    others go to sleep; OpenBLAS's look for work for a tenth of a second. settle: untimed seconds of calls after it,
+    which also tell how many calls make a block; without them it is one.
+    """
     samples = {name: [] for name in table}
     on_cpu = any(c.shared for c in table.values())
-    for _ in range(rounds):
-        for name, contender in table.items():
+    for turn_order in itertools.islice(itertools.cycle((list(table.items()), list(table.items())[::-1])), rounds):
+        for name, contender in turn_order:
             if on_cpu:
                 host.share_blas_threads(contender.shared)
+                time.sleep(rest)
             spent, calls = 0.0, 0
-            while spent < settle or not calls:
+            while spent < settle:
                 spent += clock(contender.run, calls, 1)
                 calls += 1
-            n = max(1, round(block / max(spent / calls, 1e-9)))
+            n = max(1, round(block * calls / spent)) if calls else 1
             turn = []
             for _ in range(blocks):
                 turn.append(clock(contender.run, calls, n) / (n * contender.repeats))
