@@ -10,15 +10,18 @@ once. The ceiling is the fastest copy that moves as many bytes, half of them rea
 """
 
 import argparse
+import collections
 import itertools
 import sys
 from functools import partial
 from pathlib import Path
 
 import kernel_ops
+import machine
 import measure
 import numpy as np
 from measure import Contender
+from tqdm import tqdm
 
 from kernels import BackendError
 from mlp import InputError
@@ -122,7 +125,7 @@ def rows(op, size, samples, failed, facts):
     moved = count * op.bytes_per_row
     common = {"op": op.name, "size": size, "shape": op.shape(count), "dtype": op.dtype, "bytes": moved}
     copy_names = [name for name in samples if name not in kernel_ops.METHODS]
-    ceiling = min(copy_names, key=lambda name: np.median(samples[name]))
+    ceiling = min(copy_names, key=lambda name: measure.quiet(samples[name]))
     for name in [name for name in samples if name in kernel_ops.METHODS] + [ceiling]:
         times, plain = samples[name], samples.get("plain")
         yield common | measure.percentiles(times, "us") | {
@@ -146,27 +149,29 @@ def print_rows(part) -> None:
 
 
 def measured(args, device: Device, facts: dict):
-    """The rows of kernels.csv, an op and size at a time."""
+    """The rows of kernels.csv, by op and size; again after every measurement, with what has been measured so far."""
     torch = None
     if measure.has_torch():
         import torch
-    xp = device.xp
-    rng = (np if device.kind == "cpu" else xp).random.default_rng(0)
-    stream = None if device.kind == "cpu" else xp.cuda.Stream(non_blocking=True)
-    clock = measure.host_clock(device) if stream is None else measure.event_clock(stream)
+    xp, on_cpu = device.xp, device.kind == "cpu"
+    rng = (np if on_cpu else xp).random.default_rng(0)
+    stream = None if on_cpu else xp.cuda.Stream(non_blocking=True)
+    clock = measure.host_clock(device) if on_cpu else measure.event_clock(stream)
+    passes, rounds = args.passes or (5 if on_cpu else 1), args.rounds or (2 if on_cpu else 5)
+    times = {"rounds": rounds, "blocks": args.blocks, "block": args.block, "settle": args.settle}
     sizes = list(map(parse_size, (args.sizes or SIZES[device.kind]).split(",")))
     ops = [op for name in args.ops.split(",") for op in kernel_ops.OPS[name](xp, rng, torch)]
-    rounds = args.rounds or (9 if device.kind == "cpu" else 5)
-    times = {"rounds": rounds, "blocks": args.blocks, "block": args.block, "settle": args.settle}
-    for op, size in itertools.product(ops, sizes):
+    samples, parts = collections.defaultdict(dict), {}
+    for op, size in tqdm(passes * list(itertools.product(ops, sizes)), unit=" turns", disable=None):
         try:
             table, failed = measure.built(builders(op, size, device, stream), f"{op.name} {size}")
         except MemoryError:  # CuPy's OutOfMemoryError is one too
             print(f"{op.name}: arrays for {size / MB:g} MB do not fit into memory and are left out", file=sys.stderr)
             continue
-        samples = measure.in_turns(table, clock, **times)
-        yield list(rows(op, size, samples, failed, facts))
-        if stream is not None:
+        measure.merge(samples[op.name, size], measure.in_turns(table, clock, **times))
+        parts[op.name, size] = list(rows(op, size, samples[op.name, size], failed, facts))
+        yield parts
+        if not on_cpu:
             del table
             xp.get_default_memory_pool().free_all_blocks()
             if torch and torch.cuda.is_available():
@@ -178,7 +183,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--ops", default=",".join(kernel_ops.OPS), help="separated by commas (default: all)")
     parser.add_argument("--sizes", help=f"bytes that must move (default: {SIZES['cpu']}; on a GPU {SIZES['cuda']})")
-    parser.add_argument("--rounds", type=int, help="turns of each contender (default: 9, on a GPU 5)")
+    parser.add_argument("--passes", type=int, help="times that all is measured (default: 5, on a GPU 1)")
+    parser.add_argument("--rounds", type=int, help="turns of each contender in a pass (default: 2, on a GPU 5)")
     parser.add_argument("--blocks", type=int, default=3, help="samples in a turn (default: 3)")
     parser.add_argument("--block", type=float, default=0.002, help="seconds of a sample, at least (default: 0.002)")
     parser.add_argument("--settle", type=float, default=0.01, help="untimed seconds before a turn (default: 0.01)")
@@ -191,26 +197,20 @@ def main(argv=None) -> int:
     try:
         if unknown := set(args.ops.split(",")) - set(kernel_ops.OPS):
             raise InputError(f"--ops {', '.join(sorted(unknown))} is unknown; choose of {', '.join(kernel_ops.OPS)}")
-        if (
-            min(1 if args.rounds is None else args.rounds, args.blocks) < 1
-            or not args.settle >= 0
-            or not args.block > 0
-        ):
-            raise InputError("--rounds and --blocks must be at least 1, --settle at least 0 and --block above 0")
+        measure.check_times(args)
         list(map(parse_size, (args.sizes or SIZES["cpu"]).split(",")))
         device = select(args.device, fused=True)
     except (InputError, BackendError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    sources = ("bench_kernels", "kernel_ops", "optimizer_ops", "op_base", "measure")
-    facts = measure.machine(device.name, device.kind, *(f"profile/{name}.py" for name in sources))
+    facts = machine.facts(device.name, device.kind)
     cores = facts["cores"] if device.kind == "cpu" else None
-    path = (args.out or measure.results_folder(device.name, cores)) / "kernels.csv"
-    results = []
-    for part in measured(args, device, facts):
+    path = (args.out or machine.results_folder(device.name, cores)) / "kernels.csv"
+    for parts in measured(args, device, facts):
+        results = [row for part in parts.values() for row in part]
+        machine.write_csv(path, results)  # each time, so that a run that is cut short leaves what it had
+    for part in parts.values():
         print_rows(part)
-        results += part
-        measure.write_csv(path, results)  # each time, so that a run that is cut short leaves what it had
     print(f"written to {path}")
     return int(any("p50_us" not in row for row in results))
 

@@ -10,9 +10,11 @@ width, for the roofline. The images are synthetic bytes. On a GPU all is measure
 
 import argparse
 import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import machine
 import measure
 import numpy as np
 import step_contenders as contenders
@@ -40,7 +42,8 @@ class Bench:
         self.data = contenders.synthetic_data(args.images)
         self.stream = device.xp.cuda.Stream(non_blocking=True) if device.kind == "cuda" else None
         self.clock = measure.host_clock(device)
-        rounds, block = (15, 0.06) if device.kind == "cpu" else (5, 0.02)
+        passes, rounds, block = (5, 3, 0.06) if device.kind == "cpu" else (1, 5, 0.02)
+        self.passes = args.passes or passes
         self.times = {"rounds": args.rounds or rounds, "block": args.block or block, "settle": args.settle}
         self.times["rest"] = 4 * args.settle
         self.failed = {}
@@ -85,29 +88,33 @@ class Bench:
 
     def step(self, precision):
         """A step of each model at its own batch size."""
-        for model in self.args.models:
+        samples = {model: {} for model in self.args.models}
+        for _ in range(self.passes):
+            for model in self.args.models:
+                builders = contenders.builders(self.config(model), self.data, self.device, self.stream)
+                measure.merge(samples[model], self.in_turns(builders, f"step of {model} in {precision}", blocks=2))
+        for model, by_name in samples.items():
             config = self.config(model)
-            builders = contenders.builders(config, self.data, self.device, self.stream)
-            samples = self.in_turns(builders, f"step of {model} in {precision}", blocks=2)
-            gemm = fastest(samples[name] for name in samples if name.startswith(GEMM_ONLY))
-            for name, times in samples.items():
+            gemm = min((by_name[name] for name in by_name if name.startswith(GEMM_ONLY)), key=measure.quiet)
+            for name, times in by_name.items():
                 yield {"contender": name} | self.common(config, precision) | measure.percentiles(times, "ms") | {
                     "to_gemm": measure.ratio(times, gemm),
-                    "speedup": measure.ratio(samples['plain'], times),
+                    "speedup": measure.ratio(by_name["plain"], times),
                     "images_per_second": f"{config.batch_size / np.median(times):.0f}",
                 }  # fmt: skip
 
     def phases(self, precision):
         """Where a step's time goes: the ranges of --nvtx, with a clock in the place of NVTX."""
         for model in self.args.models:
-            config, recorders, table = self.config(model), {}, {}
-            for name in contenders.learner_names(self.device):
+            config, table = self.config(model), {}
+            recorders = {name: PhaseClock(self.device) for name in contenders.learner_names(self.device)}
+            for name, recorder in recorders.items():
                 learner = contenders.learner(name, config, self.data, self.device)
-                recorders[name] = PhaseClock(self.device)
-                attach(learner, recorders[name])
+                attach(learner, recorder)
                 run = contenders.steps(learner, len(self.data.labels))
                 table[name] = Contender(run, shared=self.device.kind == "cpu" and name == "fused")
-            measure.in_turns(table, self.clock, blocks=1, **self.times)
+            rounds = self.passes * self.times["rounds"]
+            measure.in_turns(table, self.clock, blocks=1, **self.times | {"rounds": rounds})
             for name, recorder in recorders.items():
                 for phase, seconds in recorder.by_phase().items():
                     row = {"contender": name} | self.common(config, precision) | {"phase": phase}
@@ -117,21 +124,24 @@ class Bench:
         """An epoch from its order of images to its loss on the host, without validation."""
         n = len(self.data.labels)
         order = np.random.default_rng(2).permutation(n).astype(np.int32)
-        for model in self.args.models:
-            config, table = self.config(model), {}
-            for name in contenders.learner_names(self.device):
-                learner = contenders.learner(name, config, self.data, self.device)
-                run = lambda _, learner=learner: one_epoch(learner, order)  # noqa: E731
-                table[name] = Contender(run, shared=self.device.kind == "cpu" and name == "fused")
-            times = self.times | {"rounds": self.args.epochs, "settle": 0}  # a block is one epoch
-            samples = measure.in_turns(table, self.clock, blocks=1, **times)
-            for name, times in samples.items():
-                row = {"contender": name} | self.common(config, precision)
+        samples = {model: {} for model in self.args.models}
+        for _ in range(self.args.epochs):
+            for model in self.args.models:
+                table = {}
+                for name in contenders.learner_names(self.device):
+                    learner = contenders.learner(name, self.config(model), self.data, self.device)
+                    run = partial(one_epoch, learner, order)
+                    table[name] = Contender(run, shared=self.device.kind == "cpu" and name == "fused")
+                times = self.times | {"rounds": 1, "settle": 0}  # a block is one epoch
+                measure.merge(samples[model], measure.in_turns(table, self.clock, blocks=1, **times))
+        for model, by_name in samples.items():
+            for name, times in by_name.items():
+                row = {"contender": name} | self.common(self.config(model), precision)
                 yield row | {
                     "data": self.data.name, "images": n, "samples": times.size,
                     "seconds": measure.significant(np.median(times)),
                     "images_per_second": f"{n / np.median(times):.0f}",
-                    "speedup": measure.ratio(samples['plain'], times),
+                    "speedup": measure.ratio(by_name["plain"], times),
                 }  # fmt: skip
 
     def sweep(self, precision):
@@ -155,12 +165,7 @@ class Bench:
                 }  # fmt: skip
 
 
-def fastest(samples) -> np.ndarray:
-    """Of several contenders, round by round the one with the least median: (rounds, 1)."""
-    return np.min([np.median(times, axis=1, keepdims=True) for times in samples], axis=0)
-
-
-def one_epoch(learner, order) -> None:
+def one_epoch(learner, order, _=0) -> None:
     learner.begin_epoch(order)
     for start in range(0, len(order), learner.batch_size):
         learner.train_step(start, min(start + learner.batch_size, len(order)), learner.config.lr)
@@ -194,7 +199,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", type=lambda text: text.split(","), default=parts, help=f"of {','.join(parts)}")
     parser.add_argument("--models", type=lambda text: text.split(","), default=["m0", "m1"], help="default: m0,m1")
     parser.add_argument("--images", type=int, default=IMAGES, help=f"in the data set (default: {IMAGES})")
-    parser.add_argument("--rounds", type=int, help="turns of each contender (default: 15, on a GPU 5)")
+    parser.add_argument("--passes", type=int, help="times that all is measured (default: 5, on a GPU 1)")
+    parser.add_argument("--rounds", type=int, help="turns of each contender in a pass (default: 3, on a GPU 5)")
     parser.add_argument("--block", type=float, help="seconds of a sample, at least (default: 0.06, on a GPU 0.02)")
     parser.add_argument("--settle", type=float, default=0.05, help="untimed seconds before a turn (default: 0.05)")
     parser.add_argument("--epochs", type=int, default=3, help="epochs of each contender (default: 3)")
@@ -206,10 +212,9 @@ def check(args) -> None:
     known = parser().get_default("parts")
     if unknown := set(args.parts) - set(known):
         raise InputError(f"--parts {', '.join(sorted(unknown))} is unknown; choose of {', '.join(known)}")
-    if args.images < 1024 or args.epochs < 1 or (args.rounds is not None and args.rounds < 1):
-        raise InputError("--images must be at least 1024, --rounds and --epochs at least 1")
-    if not args.settle >= 0 or (args.block is not None and not args.block > 0):
-        raise InputError("--settle must be at least 0 and --block above 0")
+    if args.images < 1024 or args.epochs < 1:
+        raise InputError("--images must be at least 1024 and --epochs at least 1")
+    measure.check_times(args)
     for model in args.models:
         configs.preset(model)
 
@@ -220,16 +225,15 @@ def main(argv=None) -> int:
         check(args)
         device = select(args.device, fused=True)
         bench = Bench(args, device)
-        sources = [f"profile/{name}.py" for name in ("bench_step", "step_contenders", "measure")]
-        facts = measure.machine(device.name, device.kind, *sources)
-        folder = args.out or measure.results_folder(device.name, facts["cores"] if device.kind == "cpu" else None)
+        facts = machine.facts(device.name, device.kind)
+        folder = args.out or machine.results_folder(device.name, facts["cores"] if device.kind == "cpu" else None)
         for part in args.parts:
             rows = []
             for precision in PRECISIONS[device.kind]:
                 contenders.set_precision(device, precision)
                 rows += [row | facts for row in getattr(bench, part)(precision)]
             print_rows(part, rows)
-            measure.write_csv(folder / f"{part}.csv", rows)
+            machine.write_csv(folder / f"{part}.csv", rows)
         print(f"written to {folder}")
     except (InputError, BackendError) as error:
         print(f"error: {error}", file=sys.stderr)

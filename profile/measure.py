@@ -1,32 +1,24 @@
-"""What the measuring scripts share: clocks, turns, CUDA graphs, the facts of the machine, and result files.
+"""What the measuring scripts share: clocks, turns and CUDA graphs.
 
 Contenders are timed in turns, because a shared machine changes its speed within seconds: a round gives every
-contender one turn, a turn is a few blocks of calls, a sample is a block's mean. Percentiles are those of all
-samples; a ratio of two contenders is the median over the rounds of the ratio within a round.
+contender one turn, a turn is a few blocks of calls, a sample is a block's mean. On a CPU all is measured in several
+passes, minutes apart and on new arrays, because where these lie in memory matters, too. Percentiles are those of all
+samples. Ratios are those of 20th percentiles: whatever else the machine does can only add to a time.
 """
 
-import csv
-import importlib.metadata
 import itertools
-import os
-import platform
-import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from result_files import COLUMNS  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kernels import host  # noqa: E402
+from mlp import InputError  # noqa: E402
 from mlp.device import Device  # noqa: E402
 
 
@@ -92,7 +84,7 @@ def event_clock(stream):
 
 
 def in_turns(table: dict[str, Contender], clock, *, rounds, blocks, block, settle, rest=0.0) -> dict[str, np.ndarray]:
-    """By contender: seconds per unit of work (rounds, blocks), every other round in reverse order.
+    """By contender: seconds per unit of work (rounds * blocks,), every other round in reverse order.
 
     block: at least so many seconds per block. rest: seconds before each turn on a CPU, in which the threads of the
     others go to sleep; OpenBLAS's look for work for a tenth of a second. settle: untimed seconds of calls after it,
@@ -110,17 +102,26 @@ def in_turns(table: dict[str, Contender], clock, *, rounds, blocks, block, settl
                 spent += clock(contender.run, calls, 1)
                 calls += 1
             n = max(1, round(block * calls / spent)) if calls else 1
-            turn = []
             for _ in range(blocks):
-                turn.append(clock(contender.run, calls, n) / (n * contender.repeats))
+                samples[name].append(clock(contender.run, calls, n) / (n * contender.repeats))
                 calls += n
-            samples[name].append(turn)
-    return {name: np.array(turns) for name, turns in samples.items()}
+    return {name: np.array(times) for name, times in samples.items()}
+
+
+def merge(collected: dict[str, np.ndarray], samples: dict[str, np.ndarray]) -> None:
+    """Add the samples of one pass to those of the passes before."""
+    for name, times in samples.items():
+        collected[name] = np.concatenate([collected[name], times]) if name in collected else times
+
+
+def quiet(samples: np.ndarray) -> float:
+    """The time that ratios are made of: the 20th percentile."""
+    return np.percentile(samples, 20)
 
 
 def ratio(a: np.ndarray, b: np.ndarray) -> str:
-    """How many times as long a takes as b, from samples (rounds, blocks) of the same rounds."""
-    return significant(np.median(np.median(a, axis=1) / np.median(b, axis=1)))
+    """How many times as long a takes as b."""
+    return significant(quiet(a) / quiet(b))
 
 
 def percentiles(samples: np.ndarray, unit: str) -> dict:
@@ -182,6 +183,16 @@ def torch_graph(launches, stream):
     return run
 
 
+def check_times(args) -> None:
+    """Raise InputError for impossible --passes, --rounds, --blocks, --block and --settle."""
+    for name in ("passes", "rounds", "blocks"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value} is not possible; give a whole number from 1")
+    if not args.settle >= 0 or (args.block is not None and not args.block > 0):
+        raise InputError("--settle must be at least 0 and --block above 0")
+
+
 def has_torch() -> bool:
     """Whether torch can be imported."""
     try:
@@ -189,65 +200,3 @@ def has_torch() -> bool:
     except ImportError:
         return False
     return True
-
-
-def machine(name: str, kind: str, *sources: str) -> dict:
-    """The last columns of every result file, for a device of this name, "cpu" or "cuda". Makes no CUDA context.
-
-    A revision ends in + where the kernels, mlp or `sources` differ from the commit.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "device": name, "cores": cores, "driver": "" if kind == "cpu" else _driver(), "versions": _versions(),
-        "date": date.today().isoformat(), "revision": _revision(["kernels", "mlp", "CMakeLists.txt", *sources]),
-    }  # fmt: skip
-
-
-def _driver() -> str:
-    """The GPU's driver as nvidia-smi names it, with the CUDA version that it supports."""
-    import cupy
-
-    version = cupy.cuda.runtime.driverGetVersion()
-    supports = f"CUDA {version // 1000}.{version % 1000 // 10}"
-    name = last_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return f"{name} ({supports})" if name else supports
-
-
-def _versions() -> str:
-    packages = {"cupy-cuda12x", "cupy-cuda13x", "cupy", "numpy", "nvtx", "torch"}
-    found = {d.name: d.version for d in importlib.metadata.distributions() if d.name in packages}
-    return ", ".join([f"python {platform.python_version()}", *(f"{name} {found[name]}" for name in sorted(found))])
-
-
-def _revision(sources: list[str]) -> str:
-    if "REVISION" in os.environ:  # where the tree was copied without its history
-        return os.environ["REVISION"]
-    head = last_line("git", "-C", ROOT, "rev-parse", "--short=12", "HEAD")
-    changed = last_line("git", "-C", ROOT, "status", "--porcelain", "--", *sources)
-    return head + ("+" if changed else "") if head else "unknown"
-
-
-def last_line(*command) -> str:
-    """The last line that a program prints, or nothing where it cannot be run."""
-    try:
-        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return next((line.strip() for line in reversed(done.stdout.splitlines()) if line.strip()), "")
-
-
-def results_folder(name: str, cores: int | None = None) -> Path:
-    """profile/results/<device>; a CPU's with the number of cores, which decides its speed."""
-    name += f" {cores} cores" if cores else ""
-    return ROOT / "profile" / "results" / "-".join(re.findall(r"[a-z0-9]+", name.lower()))
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """Write a result file, whose name says which columns it has. What a row lacks is left empty."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS[path.name], restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(part, path)

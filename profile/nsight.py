@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import measure
+import machine
 import nsight_tables as tables
 import numpy as np
 import step_contenders
@@ -151,7 +151,7 @@ def profile(args) -> None:
             "comes with the CUDA toolkit and by itself from NVIDIA"
         )
     tool, batch = tool or args.tool, configs.preset(args.model).batch_size
-    folder = args.out or measure.results_folder(device_name(args))
+    folder = args.out or machine.results_folder(device_name(args))
     report = folder / f"{args.model}-{args.contender}.{args.tool}-rep"
     if args.print:
         print(shlex.join(record_command(tool, args, report)))
@@ -186,9 +186,9 @@ def device_name(args) -> str:
 
 def facts(args, tool: str) -> dict:
     """The last columns of every result file: what was measured, and with what."""
-    version = re.search(r"ersion ([\d.]*\d)", measure.last_line(tool, "--version"))
+    version = re.search(r"ersion ([\d.]*\d)", machine.last_line(tool, "--version"))
     about = {"data": f"synthetic bytes, {args.images} images", "tool": f"{args.tool} {version[1] if version else ''}"}
-    return about | measure.machine(device_name(args), args.device, "profile/nsight.py", "profile/nsight_tables.py")
+    return about | machine.facts(device_name(args), args.device)
 
 
 def arguments(argv) -> argparse.Namespace:

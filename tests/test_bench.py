@@ -9,7 +9,7 @@ from . import stand_in_gpu
 from .training import ROOT
 
 torch = pytest.importorskip("torch")
-FAST = ["--rounds", "1", "--blocks", "1", "--settle", "0", "--block", "1e-4"]
+FAST = ["--passes", "1", "--rounds", "1", "--blocks", "1", "--settle", "0", "--block", "1e-4"]
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +127,7 @@ def test_more_sets_than_fit_into_the_cache(gpu):
     assert len({id(a["z"]) for a in sets}) == len(sets)
 
 
-STEP_FAST = ["--images", "1024", "--rounds", "1", "--epochs", "1", "--settle", "0", "--block", "1e-3"]
+STEP_FAST = ["--images", "1024", "--passes", "1", "--rounds", "1", "--epochs", "1", "--settle", "0", "--block", "1e-3"]
 
 
 @pytest.fixture
@@ -214,12 +214,23 @@ def test_refuses_in_one_sentence(script, arguments, tmp_path, capsys):
     assert error.startswith("error: ") and error.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
-def test_a_ratio_is_taken_round_by_round():
-    """A machine that is twice as slow in one round says nothing about the contenders."""
+def test_a_ratio_is_that_of_quiet_times():
+    """A machine that is busy for half of the time says nothing about the contenders."""
     import measure
 
-    a, b = np.array([[2.0, 2.0], [4.0, 4.0], [2.0, 2.0]]), np.array([[1.0, 1.0], [2.0, 2.0], [1.0, 1.0]])
+    a, b = np.array([2.0, 2.0, 9.0, 2.0, 9.0]), np.array([1.0, 5.0, 1.0, 1.0, 7.0])
     assert measure.ratio(a, b) == "2"
+
+
+def test_passes_add_up():
+    import measure
+
+    collected = {}
+    for times in ([1.0, 2.0], [3.0]):
+        measure.merge(collected, {"plain": np.array(times)})
+    assert measure.percentiles(collected["plain"], "ms") == {
+        "samples": 3, "p20_ms": "1400", "p50_ms": "2000", "p80_ms": "2600",
+    }  # fmt: skip
 
 
 def test_turns_give_every_contender_each_round(monkeypatch):
@@ -229,12 +240,12 @@ def test_turns_give_every_contender_each_round(monkeypatch):
     table = {name: measure.Contender(lambda k, name=name: calls.append(name), repeats=4) for name in "ab"}
     clock = lambda run, first, n: [run(k) for k in range(first, first + n)] and 1.0 * n  # noqa: E731
     samples = measure.in_turns(table, clock, rounds=3, blocks=2, block=5.0, settle=2.0)
-    assert samples["a"].shape == (3, 2) and np.all(samples["a"] == 0.25)
+    assert samples["a"].shape == (6,) and np.all(samples["a"] == 0.25)
     assert "".join(calls) == 12 * "a" + 24 * "b" + 24 * "a" + 12 * "b"  # 2 to settle, 2 blocks of 5
 
 
 def test_the_revision_of_a_copy_without_history(monkeypatch):
-    import measure
+    import machine
 
     monkeypatch.setenv("REVISION", "0123456789ab")
-    assert measure.machine("cpu", "cpu")["revision"] == "0123456789ab"
+    assert machine.facts("cpu", "cpu")["revision"] == "0123456789ab"

@@ -83,6 +83,13 @@ struct Group {
   template <int, class F> DEVICE static void for_each(int C, F f) {
     INDEPENDENT for (int j = 0; j < C; ++j) f(0, j);
   }
+  template <int N, class Combine> DEVICE static float tree(float (&x)[LANES], Combine combine) {
+    if constexpr (N > 1) {
+      for (int k = 0; k < N / 2; ++k) x[k] = combine(x[k], x[k + N / 2]);
+      tree<N / 2>(x, combine);
+    }
+    return x[0];
+  }
   template <class Combine, class F> DEVICE static float reduce(int C, float start, Combine combine, F f) {
     float x[LANES];
     for (int k = 0; k < LANES; ++k) x[k] = start;
@@ -90,9 +97,7 @@ struct Group {
     for (; j + LANES <= C; j += LANES)
       for (int k = 0; k < LANES; ++k) x[k] = combine(x[k], f(0, j + k));
     for (int k = 0; j + k < C; ++k) x[k] = combine(x[k], f(0, j + k));
-    for (int half = LANES / 2; half > 0; half /= 2)
-      for (int k = 0; k < half; ++k) x[k] = combine(x[k], x[k + half]);
-    return x[0];
+    return tree<LANES>(x, combine);
   }
   template <int, class F> DEVICE static float sum(int C, F f) {
     return reduce(C, 0.0f, [](float a, float b) { return a + b; }, f);
