@@ -86,7 +86,8 @@ class TorchLearner:
 
     def gather(self, index, noise_sigma: float = 0.0):
         """The images and labels at `index` (B,): float32 (B, 784) and int64 (B,)."""
-        x = self.images[index].to(torch.float32).mul_(1.0 / 255.0)  # on a CPU, uint8 * float takes 7 times as long
+        # On a CPU images[index] takes 15 times as long as index_select, and uint8 * float 7 times as long as this.
+        x = self.images.index_select(0, index).to(torch.float32).mul_(1.0 / 255.0)
         if noise_sigma:  # the same numbers as in our own learners, computed on the CPU
             noise = plain.normals(np, index.cpu().numpy(), x.shape[1], self.config.seed)
             x.add_(torch.from_numpy(noise).to(self.device), alpha=noise_sigma)

@@ -176,10 +176,11 @@ class GatherBatch(Op):
         return kernels.gather_batch(a["images"], a["labels"], a["index"], out_x=a["x"], out_y=a["y"])
 
     def torch_eager(self, t):
-        return t["images"][t["index"]].to(self.torch.float32).mul_(1.0 / 255.0), t["labels"][t["index"]]
+        x = t["images"].index_select(0, t["index"]).to(self.torch.float32).mul_(1.0 / 255.0)
+        return x, t["labels"][t["index"]]
 
     def torch_formula(self, images, labels, index):
-        return images[index].to(self.torch.float32) * (1.0 / 255.0), labels[index]
+        return images.index_select(0, index).to(self.torch.float32) * (1.0 / 255.0), labels[index]
 
     def torch_compile(self, t):
         return self.compiled(t["images"], t["labels"], t["index"])

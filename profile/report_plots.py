@@ -16,34 +16,46 @@ SWEPT = {"batch": "batch (images)", "width": "width of every hidden layer"}
 
 
 def kernels(results: Results):
-    """Speed-up over plain by op; the line across a group is the speed-up of a copy of the op's bytes."""
+    """Speed-up over plain by op, on a logarithmic axis; the line across a group is that of a copy of the op's bytes."""
     rows = results["kernels.csv"]
-    ops, contenders = unique(rows, "op"), [name for name in unique(rows, "contender") if name not in ("plain", "copy")]
+    ops, names = unique(rows, "op"), [name for name in unique(rows, "contender") if name not in ("plain", "copy")]
     largest = max(number(row, "size") for row in rows)
     small = min((number(row, "size") for row in rows), key=lambda size: abs(math.log2(size / SMALL)))
     sizes = [largest, small] if small < largest else [largest]
-    figure, panels = grid(len(sizes), 2, 5.5, len(ops) * (0.15 * len(contenders) + 0.12), sharey=True)
-    y, height = np.arange(len(ops)), 0.8 / len(contenders)
+    figure, panels = grid(len(sizes), 2, 5.5, len(ops) * (0.13 * len(names) + 0.16), sharey=True, sharex=True)
+    y = np.arange(len(ops))
     for axes, size in zip(panels, sizes):
         found = {(row["op"], row["contender"]): number(row, "speedup") for row in rows if number(row, "size") == size}
-        for k, name in enumerate(contenders):
-            place, speedups = y - 0.4 + (k + 0.5) * height, [found.get((op, name), math.nan) for op in ops]
-            axes.barh(place, speedups, 0.9 * height, color=look(name)[0], label=name)
-            for at, speedup in zip(place, speedups):
-                text = "not measured" if math.isnan(speedup) else f"{speedup:#.3g}"
-                axes.text(0, at, f" {text}", va="center_baseline", fontsize=6, bbox=PAPER)
+        for place, op in zip(y, ops):
+            here = [name for name in names if (op, name) in found]
+            for k, name in enumerate(here):
+                _speedup_bar(axes, place + 0.8 * ((k + 0.5) / len(here) - 0.5), 0.72 / len(here), name, found[op, name])
         ceilings = [found.get((op, "copy"), math.nan) for op in ops]
-        axes.vlines(ceilings, y - 0.46, y + 0.46, color=look("copy")[0], linewidth=2, label="copy of the same bytes")
-        axes.axvline(1, color=look("plain")[0], linestyle=":", label="plain")
+        axes.vlines(ceilings, y - 0.44, y + 0.44, color=look("copy")[0], linewidth=2, label="copy of the same bytes")
+        axes.axvline(1, color=look("plain")[0], linewidth=1, label="plain")
         axes.set_yticks(y, ops)
-        axes.set_ylim(len(ops) - 0.45, -0.55)
-        axes.set_xlim(left=0)
+        axes.set_ylim(len(ops) - 0.5, -0.5)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:,.10g}")
+        axes.margins(x=0.12)  # room for the numbers
         axes.set_title(f"{binary(size)} moved", fontsize=10)
         axes.set_xlabel("speed-up over plain (×)")
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
     legend(figure, panels)
     return figure
+
+
+def _speedup_bar(axes, place: float, height: float, name: str, speedup: float) -> None:
+    """A bar from plain, 1, to the speed-up, which is written beside its end."""
+    if math.isnan(speedup):
+        axes.annotate(f"{name}: not measured", (1, place), (3, 0), textcoords="offset points",
+                      va="center_baseline", fontsize=6)  # fmt: skip
+        return
+    axes.barh(place, speedup - 1, height, left=1, color=look(name)[0], label=name)
+    right = speedup >= 1
+    axes.annotate(f"{speedup:#.3g}", (speedup, place), (3 if right else -3, 0), textcoords="offset points",
+                  ha="left" if right else "right", va="center_baseline", fontsize=6.5, bbox=PAPER)  # fmt: skip
 
 
 def bandwidth(results: Results):
@@ -184,29 +196,25 @@ def apart(values, limits: tuple[float, float]) -> list[float]:
 
 
 def ceilings(axes, rows: list[Row], precision: str) -> None:
-    """The measured bandwidths as slopes, the measured rates of matrix products as horizontals."""
+    """The largest measured bandwidth as a slope, the largest rate of a matrix product as a horizontal."""
     slopes = [row for row in rows if row["unit"] == "GB/s"]
     roofs = [row for row in rows if row["unit"] == "GFLOP/s" and row["precision"] == precision]
     if not slopes or not roofs:
         raise InputError(f"ceilings.csv needs a value in GB/s, and one of {precision} in GFLOP/s")
-    fastest, highest = (max(number(row, "value") for row in ceiling) for ceiling in (slopes, roofs))
+    slope, roof = (max(ceiling, key=lambda row: number(row, "value")) for ceiling in (slopes, roofs))
+    fastest, highest = number(slope, "value"), number(roof, "value")
     low, high = axes.get_xlim()
     low, high = min(low, highest / fastest / 3), max(high, highest / fastest * 1.5)
     axes.set_xlim(low, high)
     bottom, top = min(axes.get_ylim()[0], fastest * low), 2 * highest
     axes.set_ylim(bottom, top)
     clear = (top / bottom) ** 0.03  # between a slope and its name
-    for row in roofs:
-        value = number(row, "value")
-        axes.plot([value / fastest, high], [value, value], color="black", linewidth=1.2)
-        axes.annotate(f"{row['name']}: {row['value']} GFLOP/s", (high, value), (-3, 3), textcoords="offset points",
-                      ha="right", fontsize=8)  # fmt: skip
-    for row in slopes:
-        value = number(row, "value")
-        axes.plot([low, highest / value], [value * low, highest], color="black", linewidth=1.2)
-        axes.text(1.05 * low, clear * value * 1.05 * low, f"{row['name']}: {row['value']} GB/s", fontsize=8,
-                  rotation_mode="anchor", rotation=math.degrees(math.atan(value)),
-                  transform_rotates_text=True)  # fmt: skip
+    axes.plot([low, highest / fastest, high], [fastest * low, highest, highest], color="black", linewidth=1.2)
+    axes.annotate(f"{roof['name']}: {roof['value']} GFLOP/s", (high, highest), (-3, 3), textcoords="offset points",
+                  ha="right", fontsize=8)  # fmt: skip
+    axes.text(1.05 * low, clear * fastest * 1.05 * low, f"{slope['name']}: {slope['value']} GB/s", fontsize=8,
+              rotation_mode="anchor", rotation=math.degrees(math.atan(fastest)),
+              transform_rotates_text=True)  # fmt: skip
 
 
 PLOTS = {  # file: (function, results files that it needs)
