@@ -37,9 +37,10 @@ bench: build
 
 # At most nine minutes. Whatever fails or is cut short, its results so far stay, and the rest is measured.
 gpu-report:
-	status=0; run() { timeout --foreground $$1 $(GPU_PYTHON) profile/$$2 $$3 $$4 $(TO) || status=1; }; \
-	run 210 bench_kernels.py --device cuda; run 210 bench_step.py --device cuda; run 50 nsight.py ncu; \
-	run 50 nsight.py nsys; run 20 report.py; exit $$status
+	status=0; run() { limit=$$1; shift; timeout --foreground $$limit $(GPU_PYTHON) "$$@" || status=1; }; \
+	run 210 profile/bench_kernels.py --device cuda $(TO); run 210 profile/bench_step.py --device cuda $(TO); \
+	run 50 profile/nsight.py ncu $(TO); run 50 profile/nsight.py nsys $(TO); \
+	run 20 profile/report.py $(if $(OUT),"$(OUT)"); exit $$status
 
 sanitize: build
 	$(BIN)/python -m pytest tests/test_sanitizers.py tests/test_host_sanitizers.py --every-case $(ARGS)

@@ -31,6 +31,7 @@ from mlp.ranges import attach
 IMAGES = 566_667  # 70 % of ByMerge
 BATCHES, WIDTHS = (64, 256, 1024, 4096, 16384, 65536), (64, 256, 1024, 4096)
 CEILINGS = {"cpu": (2048, 64), "cuda": (8192, 1024)}  # order of the matrices, MB of the copied array
+EPOCH_PARTS = 10
 PRECISIONS = {"cpu": ("float32",), "cuda": ("float32", "tf32")}
 
 
@@ -42,7 +43,7 @@ class Bench:
         self.data = contenders.synthetic_data(args.images)
         self.stream = device.xp.cuda.Stream(non_blocking=True) if device.kind == "cuda" else None
         self.clock = measure.host_clock(device)
-        passes, rounds, block = (5, 3, 0.06) if device.kind == "cpu" else (1, 5, 0.02)
+        passes, rounds, block = (15, 1, 0.06) if device.kind == "cpu" else (1, 5, 0.02)
         self.passes = args.passes or passes
         self.times = {"rounds": args.rounds or rounds, "block": args.block or block, "settle": args.settle}
         self.times["rest"] = 4 * args.settle
@@ -121,19 +122,26 @@ class Bench:
                     yield row | measure.percentiles(seconds, "ms")
 
     def epoch(self, precision):
-        """An epoch from its order of images to its loss on the host, without validation."""
+        """An epoch from its order of images to its loss on the host, without validation. The contenders take turns in
+        parts of it, and an epoch's time is the sum of its parts."""
         n = len(self.data.labels)
         order = np.random.default_rng(2).permutation(n).astype(np.int32)
         samples = {model: {} for model in self.args.models}
         for _ in range(self.args.epochs):
             for model in self.args.models:
-                table = {}
-                for name in contenders.learner_names(self.device):
-                    learner = contenders.learner(name, self.config(model), self.data, self.device)
-                    run = partial(one_epoch, learner, order)
-                    table[name] = Contender(run, shared=self.device.kind == "cpu" and name == "fused")
-                times = self.times | {"rounds": 1, "settle": 0}  # a block is one epoch
-                measure.merge(samples[model], measure.in_turns(table, self.clock, blocks=1, **times))
+                config = self.config(model)
+                names = contenders.learner_names(self.device)
+                learners = {name: contenders.learner(name, config, self.data, self.device) for name in names}
+                seconds = dict.fromkeys(names, 0.0)
+                starts = np.arange(0, n, config.batch_size)
+                for part in np.array_split(starts, min(EPOCH_PARTS, len(starts))):
+                    table = {name: Contender(partial(part_of_epoch, learner, order, part),
+                                             shared=self.device.kind == "cpu" and name == "fused")
+                             for name, learner in learners.items()}  # fmt: skip
+                    once = self.times | {"rounds": 1, "settle": 0}
+                    for name, times in measure.in_turns(table, self.clock, blocks=1, **once).items():
+                        seconds[name] += times
+                measure.merge(samples[model], seconds)
         for model, by_name in samples.items():
             for name, times in by_name.items():
                 row = {"contender": name} | self.common(self.config(model), precision)
@@ -165,11 +173,15 @@ class Bench:
                 }  # fmt: skip
 
 
-def one_epoch(learner, order, _=0) -> None:
-    learner.begin_epoch(order)
-    for start in range(0, len(order), learner.batch_size):
-        learner.train_step(start, min(start + learner.batch_size, len(order)), learner.config.lr)
-    learner.totals()
+def part_of_epoch(learner, order, starts, _=0) -> None:
+    """Train on the batches that begin at `starts`; the first begins the epoch, the last reads its loss."""
+    if starts[0] == 0:
+        learner.begin_epoch(order)
+    batch, n = learner.batch_size, len(order)
+    for start in starts.tolist():
+        learner.train_step(start, min(start + batch, n), learner.config.lr)
+    if starts[-1] + batch >= n:
+        learner.totals()
 
 
 def work(config) -> tuple[int, int]:
@@ -199,11 +211,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", type=lambda text: text.split(","), default=parts, help=f"of {','.join(parts)}")
     parser.add_argument("--models", type=lambda text: text.split(","), default=["m0", "m1"], help="default: m0,m1")
     parser.add_argument("--images", type=int, default=IMAGES, help=f"in the data set (default: {IMAGES})")
-    parser.add_argument("--passes", type=int, help="times that all is measured (default: 5, on a GPU 1)")
-    parser.add_argument("--rounds", type=int, help="turns of each contender in a pass (default: 3, on a GPU 5)")
+    parser.add_argument("--passes", type=int, help="times that all is measured (default: 15, on a GPU 1)")
+    parser.add_argument("--rounds", type=int, help="turns of each contender in a pass (default: 1, on a GPU 5)")
     parser.add_argument("--block", type=float, help="seconds of a sample, at least (default: 0.06, on a GPU 0.02)")
     parser.add_argument("--settle", type=float, default=0.05, help="untimed seconds before a turn (default: 0.05)")
-    parser.add_argument("--epochs", type=int, default=3, help="epochs of each contender (default: 3)")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs of each contender (default: 2)")
     parser.add_argument("--out", type=Path, help="folder of the results (default: profile/results/<device>)")
     return parser
 

@@ -84,8 +84,8 @@ def test_the_tables_have_every_row_and_no_number_of_their_own(project):
 
 @pytest.mark.parametrize(
     "planted",
-    ["7.5 ms", "between 2.5 and 3.5 µs", "3.000–3.100 ms", "12 us", "40 s", "1.5×", "2x", "2.5 times as fast", "93 %",
-     "31.9 GB/s", "210 GFLOP/s", "63,001 images/s", "a 3-fold gain", "5 minutes", "**7.5** ms", "`7.5` ms"],
+    ["7.5 ms", "between 2.5 and 3.5 µs", "3.000–3.100 ms", "12 us", "40 s", "1.5×", "2x", "2.5 times as fast",
+     "93 %", "31.9 GB/s", "210 GFLOP/s", "63,001 images/s", "a 3-fold gain", "5 minutes", "**7.5** ms", "`7.5` ms"],
 )  # fmt: skip
 def test_a_planted_number_in_the_prose_is_found(planted, project):
     new(project, *results_files.FILES)
@@ -232,7 +232,8 @@ def test_a_folder_may_have_some_of_the_files(file, project):
 
 @pytest.mark.parametrize(
     "file, values",
-    [("kernels.csv", {"contender": "cupy.fused"}), ("sweep.csv", {"contender": "somebody"}), ("sweep.csv", {"sweep": "depth", "width": "64"}),
+    [("kernels.csv", {"contender": "cupy.fused"}), ("sweep.csv", {"contender": "somebody"}),
+     ("sweep.csv", {"sweep": "depth", "width": "64"}),
      ("phases.csv", {"phase": "lunch"}), ("ceilings.csv", {"unit": "TB/s"}), ("ceilings.csv", {"precision": "tf32"})],
 )  # fmt: skip
 def test_what_cannot_be_drawn_is_refused(file, values, project, capsys):
