@@ -2,7 +2,7 @@
 
 Contenders are timed in turns, because a shared machine changes its speed within seconds: a round gives every
 contender one turn, a turn is a few blocks of calls, a sample is a block's mean. On a CPU all is measured in several
-passes, minutes apart and on new arrays, because where these lie in memory matters, too. Percentiles are those of all
+passes, at different times and on new arrays, because where these lie in memory matters, too. Percentiles are those of all
 samples. Ratios are those of 20th percentiles: whatever else the machine does can only add to a time.
 """
 

@@ -7,7 +7,7 @@ import measure  # noqa: F401 (first: it puts the repository on the path)
 import numpy as np
 
 
-BLOCK = 2**20 + 7  # numbers; odd, so that rows differ
+BLOCK, STRIDE = 2**20 + 7, 611_953  # numbers; without a common factor
 
 
 class Op:
@@ -19,18 +19,21 @@ class Op:
 
     def __init__(self, xp, rng, torch=None):
         self.xp, self.rng, self.torch = xp, rng, torch
+        self.drawn = 0
 
     @functools.cached_property
     def block(self):
         return self.rng.standard_normal(BLOCK, dtype=np.float32)
 
     def normal(self, *shape):
-        """Normal numbers, which repeat themselves after BLOCK: drawing new ones takes longer than measuring."""
+        """Normal numbers out of one block of them, over and over from another place for every array: drawing new ones
+        takes longer than measuring."""
         array = self.xp.empty(shape, np.float32)
-        flat = array.reshape(-1)
-        for start in range(0, flat.size, BLOCK):
-            part = flat[start : start + BLOCK]
-            part[...] = self.block[: part.size]
+        flat, self.drawn = array.reshape(-1), self.drawn + 1
+        for start in range(-(self.drawn * STRIDE % BLOCK), flat.size, BLOCK):
+            part = flat[max(start, 0) : max(start + BLOCK, 0)]
+            first = max(-start, 0)
+            part[...] = self.block[first : first + part.size]
         return array
 
     def below(self, n, dtype, *shape):

@@ -86,8 +86,9 @@ def caption(path: Path, rows: list[Row]) -> str:
     text = f"{machine(rows[0])}, {rows[0]['versions']}; {n} samples each; {made(rows)}. `{path.as_posix()}`"
     noted = [row for row in rows if row.get("note")]
     for contender, note in unique(noted, "contender", "note"):
-        ops = (row["op"] for row in noted if (row["contender"], row["note"]) == (contender, note))
-        text += f"\n\n{contender}: {note} ({', '.join(ops)})."
+        ops = [row["op"] for row in noted if (row["contender"], row["note"]) == (contender, note)]
+        everywhere = len(ops) == len(unique(rows, "op"))
+        text += f"\n\n{contender}: {note}" + ("." if everywhere else f" ({', '.join(ops)}).")
     return text
 
 

@@ -78,6 +78,17 @@ def test_a_wrong_contender_is_not_timed(fault, capsys):
     assert "error: bias_act relu, fused: " in capsys.readouterr().err
 
 
+def test_arrays_differ_and_are_whole():
+    import op_base
+
+    op = op_base.Op(np, np.random.default_rng(0))
+    a, b = op.normal(5, 7), op.normal(3, op_base.BLOCK)
+    assert not np.array_equal(a.ravel(), b.ravel()[:35]) and np.array_equal(b[0], b[2])
+    for array in (a, b[1]):
+        assert abs(float(array.std()) - 1.0) < 0.5 and np.isfinite(array).all()
+    assert len(np.unique(b[1])) > 0.9 * op_base.BLOCK
+
+
 def test_an_output_that_is_not_written_is_noticed():
     import bench_kernels
 
