@@ -21,9 +21,9 @@ class Device:
     chunk_rows: int  # larger batches are accumulated in chunks of this many rows
 
     def synchronize(self) -> None:
-        """Wait for the GPU; nothing on a CPU."""
+        """Wait for all streams of the GPU; nothing on a CPU."""
         if self.kind == "cuda":
-            self.xp.cuda.get_current_stream().synchronize()
+            self.xp.cuda.Device().synchronize()
 
     def numpy(self, array) -> np.ndarray:
         """A host copy of a device array; on a CPU the array itself."""

@@ -47,14 +47,14 @@ class Bench:
         self.passes = args.passes or passes
         self.times = {"rounds": args.rounds or rounds, "block": args.block or block, "settle": args.settle}
         self.times["rest"] = 4 * args.settle
-        self.failed = {}
+        self.failed = False  # whether a contender could not be built
 
     def config(self, model: str, **changes):
         return configs.preset(model, device=self.device.kind, fused=True, **changes)
 
     def in_turns(self, builders, what: str, blocks=1, **times) -> dict[str, np.ndarray]:
         table, failed = measure.built(builders, what)
-        self.failed |= {f"{what}, {name}": reason for name, reason in failed.items()}
+        self.failed |= bool(failed)
         return measure.in_turns(table, self.clock, blocks=blocks, **self.times | times)
 
     def common(self, config, precision: str) -> dict:
@@ -116,7 +116,7 @@ class Bench:
                 learner = contenders.learner(name, config, self.data, self.device)
                 attach(learner, recorder)
                 run = contenders.steps(learner, len(self.data.labels))
-                table[name] = Contender(run, shared=self.device.kind == "cpu" and name == "fused")
+                table[name] = contenders.contender(name, self.device, run)
             rounds = self.passes * self.times["rounds"]
             measure.in_turns(table, self.clock, blocks=1, **self.times | {"rounds": rounds})
             for name, recorder in recorders.items():
@@ -138,8 +138,7 @@ class Bench:
                 seconds = dict.fromkeys(names, 0.0)
                 starts = np.arange(0, n, config.batch_size)
                 for part in np.array_split(starts, min(EPOCH_PARTS, len(starts))):
-                    table = {name: Contender(partial(part_of_epoch, learner, order, part),
-                                             shared=self.device.kind == "cpu" and name == "fused")
+                    table = {name: contenders.contender(name, self.device, partial(part_of_epoch, learner, order, part))
                              for name, learner in learners.items()}  # fmt: skip
                     once = self.times | {"rounds": 1, "settle": 0}
                     for name, times in measure.in_turns(table, self.clock, blocks=1, **once).items():
@@ -256,7 +255,7 @@ def main(argv=None) -> int:
     except MemoryError as error:  # CuPy's OutOfMemoryError is one too; the parts before it are written
         print(f"error: {part} does not fit into memory ({error}); give --parts without it", file=sys.stderr)
         return 2
-    return int(bool(bench.failed))
+    return int(bench.failed)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from optimizer_ops import AdamStep, SgdStep
 
 import kernels
 from kernels import elementwise, plain
+from mlp.data import BYMERGE_CLASSES, PIXELS
 
-COLUMNS, CLASSES, PIXELS = 400, 47, 784  # the widest hidden layer of m1, ByMerge's classes and images
+COLUMNS, CLASSES = 400, len(BYMERGE_CLASSES)  # the widest hidden layer of m1, and its logits
 IMAGES = 131_072  # 103 MB of uint8: a batch's rows come from memory, not from a cache
 # Name in the results: the method that computes it.
 METHODS = {

@@ -33,7 +33,7 @@ def _driver() -> str:
 
     version = cupy.cuda.runtime.driverGetVersion()
     supports = f"CUDA {version // 1000}.{version % 1000 // 10}"
-    name = last_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    name = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return f"{name} ({supports})" if name else supports
 
 
@@ -46,18 +46,23 @@ def _versions() -> str:
 def _revision() -> str:
     if "REVISION" in os.environ:  # where the tree was copied without its history
         return os.environ["REVISION"]
-    head = last_line("git", "-C", ROOT, "rev-parse", "--short=12", "HEAD")
-    changed = last_line("git", "-C", ROOT, "status", "--porcelain", "--", *MEASURED)
+    head = said("git", "-C", ROOT, "rev-parse", "--short=12", "HEAD")
+    changed = said("git", "-C", ROOT, "status", "--porcelain", "--", *MEASURED)
     return head + ("+" if changed else "") if head else "unknown"
 
 
-def last_line(*command) -> str:
+def last_line(lines: list[str]) -> str:
+    """The last line with something on it, or nothing."""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def said(*command) -> str:
     """The last line that a program prints, or nothing where it cannot be run."""
     try:
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return next((line.strip() for line in reversed(done.stdout.splitlines()) if line.strip()), "")
+    return last_line(done.stdout.splitlines())
 
 
 def results_folder(name: str, cores: int | None = None) -> Path:

@@ -2,11 +2,10 @@
 
 Contenders are timed in turns, because a shared machine changes its speed within seconds: a round gives every
 contender one turn, a turn is a few blocks of calls, a sample is a block's mean. On a CPU all is measured in several
-passes, at different times and on new arrays, because where these lie in memory matters, too. Percentiles are those of all
-samples. Ratios are those of 20th percentiles: whatever else the machine does can only add to a time.
+passes, at different times and on new arrays, because where these lie in memory matters, too. Percentiles are those of
+all samples. Ratios are those of 20th percentiles: whatever else the machine does can only add to a time.
 """
 
-import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -47,12 +46,6 @@ def built(builders: dict[str, Callable[[], Contender]], what: str) -> tuple[dict
     return table, failed
 
 
-def synchronize(device: Device) -> None:
-    """Wait for all streams of a GPU; nothing on a CPU."""
-    if device.kind == "cuda":
-        device.xp.cuda.Device().synchronize()
-
-
 def host_clock(device: Device):
     """clock(run, first, n): seconds that n calls take, until the device has done their work."""
 
@@ -60,7 +53,7 @@ def host_clock(device: Device):
         began = time.perf_counter()
         for k in range(first, first + n):
             run(k)
-        synchronize(device)
+        device.synchronize()
         return time.perf_counter() - began
 
     return clock
@@ -92,8 +85,8 @@ def in_turns(table: dict[str, Contender], clock, *, rounds, blocks, block, settl
     """
     samples = {name: [] for name in table}
     on_cpu = any(c.shared for c in table.values())
-    for turn_order in itertools.islice(itertools.cycle((list(table.items()), list(table.items())[::-1])), rounds):
-        for name, contender in turn_order:
+    for number in range(rounds):
+        for name, contender in list(table.items())[:: -1 if number % 2 else 1]:
             if on_cpu:
                 host.share_blas_threads(contender.shared)
                 time.sleep(rest)

@@ -133,13 +133,8 @@ def reason(done: subprocess.CompletedProcess) -> str:
     child = [line for line in done.stderr.splitlines() if done.returncode and not line.startswith("==")]
     lines = (done.stdout + "\n" + done.stderr).splitlines()
     errors = [line for line in lines if line.startswith("==ERROR==")]
-    said = last_line(child) or last_line(errors) or last_line(lines) or "it said nothing"
+    said = machine.last_line(child) or machine.last_line(errors) or machine.last_line(lines) or "it said nothing"
     return re.sub("^(==[A-Z]+==|error:) ", "", said)
-
-
-def last_line(lines: list[str]) -> str:
-    """The last line with something on it, or nothing."""
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def profile(args) -> None:
@@ -186,7 +181,7 @@ def device_name(args) -> str:
 
 def facts(args, tool: str) -> dict:
     """The last columns of every result file: what was measured, and with what."""
-    version = re.search(r"ersion ([\d.]*\d)", machine.last_line(tool, "--version"))
+    version = re.search(r"ersion ([\d.]*\d)", machine.said(tool, "--version"))
     about = {"data": f"synthetic bytes, {args.images} images", "tool": f"{args.tool} {version[1] if version else ''}"}
     return about | machine.facts(device_name(args), args.device)
 

@@ -21,22 +21,40 @@ class Optimizer(Op):
         p, g, m, v = (self.normal(rows) for _ in range(4))
         return {"p": p, "g": g, "m": m, "v": abs(v)}
 
-    def double(self, a):
-        return [a[name].astype(np.float64) for name in ("p", "g", *self.mutable[1:])]
+    def operands(self, a):
+        """p, g and the moments, which is how every form of the op takes them."""
+        return [a[name] for name in ("p", "g", *self.mutable[1:])]
 
     def changed(self, a):
         return [a[name] for name in self.mutable]
 
-    def torch_state(self, t, fused):
-        """What torch.optim keeps for a parameter, on our arrays."""
-        raise NotImplementedError
+    def reference(self, a):
+        p, g, *moments = (array.astype(np.float64) for array in self.operands(a))
+        self.update(plain, p, g, *moments)
+        return p, *moments
+
+    def plain(self, a):
+        self.update(plain, *self.operands(a))
+        return self.changed(a)
+
+    def fused(self, a):
+        self.update(kernels, *self.operands(a))
+        return self.changed(a)
+
+    def elementwise(self, a):
+        self.update(elementwise, *self.operands(a))
+        return self.changed(a)
+
+    def cupy_fuse(self, a):
+        self.fused_by_cupy(*self.operands(a))
+        return self.changed(a)
 
     def _torch_step(self, t, key, **options):
         if key not in t:
             parameter = self.torch.nn.Parameter(t["p"])
             parameter.grad = t["g"]
             t[key] = self.new_torch_optimizer(parameter, **options)
-            t[key].state[parameter] = self.torch_state(t, **options)
+            t[key].state[parameter] = self.torch_state(t)
         t[key].step()
         return self.changed(t)
 
@@ -47,7 +65,7 @@ class Optimizer(Op):
         return self._torch_step(t, "fused optimizer", fused=True)
 
     def torch_compile(self, t):
-        self.compiled(*(t[name] for name in ("p", "g", *self.mutable[1:])))
+        self.compiled(*self.operands(t))
         return self.changed(t)
 
 
@@ -57,35 +75,18 @@ class AdamStep(Optimizer):
     def new_torch_optimizer(self, parameter, **options):
         return self.torch.optim.Adam([parameter], lr=self.lr, capturable=parameter.is_cuda, **options)
 
-    def torch_state(self, t, fused=False):
+    def torch_state(self, t):
+        """What torch.optim keeps for a parameter, on our arrays."""
         before = self.torch.tensor(self.step - 1.0, device=t["p"].device)
         return {"step": before, "exp_avg": t["m"], "exp_avg_sq": t["v"]}
 
-    def reference(self, a):
-        p, g, m, v = self.double(a)
-        plain.adam_step(p, g, m, v, step=self.step, lr=self.lr)
-        return p, m, v
-
-    def plain(self, a):
-        plain.adam_step(a["p"], a["g"], a["m"], a["v"], step=self.step, lr=self.lr)
-        return self.changed(a)
-
-    def fused(self, a):
-        kernels.adam_step(a["p"], a["g"], a["m"], a["v"], step=self.step, lr=self.lr)
-        return self.changed(a)
-
-    def elementwise(self, a):
-        elementwise.adam_step(a["p"], a["g"], a["m"], a["v"], step=self.step, lr=self.lr)
-        return self.changed(a)
+    def update(self, ops, p, g, m, v):
+        ops.adam_step(p, g, m, v, step=self.step, lr=self.lr)
 
     def cupy_formula(self, p, g, m, v):
         m += 0.1 * (g - m)
         v += 0.001 * (g * g - v)
         p -= self.lr / (1 - 0.9**self.step) * m / (self.xp.sqrt(v) / math.sqrt(1 - 0.999**self.step) + 1e-8)
-
-    def cupy_fuse(self, a):
-        self.fused_by_cupy(a["p"], a["g"], a["m"], a["v"])
-        return self.changed(a)
 
     def torch_formula(self, p, g, m, v):
         m.lerp_(g, 0.1)
@@ -100,34 +101,16 @@ class SgdStep(Optimizer):
     def new_torch_optimizer(self, parameter, **options):
         return self.torch.optim.SGD([parameter], lr=self.lr, momentum=0.9, **options)
 
-    def torch_state(self, t, fused=False):
+    def torch_state(self, t):
         return {"momentum_buffer": t["m"]}
 
-    def reference(self, a):
-        p, g, m = self.double(a)
-        plain.sgd_step(p, g, m, lr=self.lr, momentum=0.9)
-        return p, m
-
-    def plain(self, a):
-        plain.sgd_step(a["p"], a["g"], a["m"], lr=self.lr, momentum=0.9)
-        return self.changed(a)
-
-    def fused(self, a):
-        kernels.sgd_step(a["p"], a["g"], a["m"], lr=self.lr, momentum=0.9)
-        return self.changed(a)
-
-    def elementwise(self, a):
-        elementwise.sgd_step(a["p"], a["g"], a["m"], lr=self.lr, momentum=0.9, weight_decay=0.0)
-        return self.changed(a)
+    def update(self, ops, p, g, velocity):
+        ops.sgd_step(p, g, velocity, lr=self.lr, momentum=0.9, weight_decay=0.0)
 
     def cupy_formula(self, p, g, m):
         m *= 0.9
         m += g
         p -= self.lr * m
-
-    def cupy_fuse(self, a):
-        self.fused_by_cupy(a["p"], a["g"], a["m"])
-        return self.changed(a)
 
     def torch_formula(self, p, g, m):
         m.mul_(0.9).add_(g)

@@ -7,7 +7,8 @@ import numpy as np
 
 from mlp.device import Device
 
-PHASES = ("gather", "forward", "loss", "backward", "optimizer")
+RANGES = ("gather", "forward", "loss", "backward", "optimizer")
+PHASES = (*RANGES, "rest")
 
 
 class PhaseClock:
@@ -26,14 +27,14 @@ class PhaseClock:
 
     def by_phase(self) -> dict[str, np.ndarray]:
         """Seconds in each phase, one per step; `rest` is what the step spends between them."""
-        steps, current = [], dict.fromkeys(PHASES, 0.0)
+        steps, current = [], dict.fromkeys(RANGES, 0.0)
         for phase, begin, end in self.records:
             if phase == "step":
                 steps.append(current | {"rest": self.seconds(begin, end) - sum(current.values())})
-                current = dict.fromkeys(PHASES, 0.0)
+                current = dict.fromkeys(RANGES, 0.0)
             else:
                 current[phase] += self.seconds(begin, end)
-        return {phase: np.array([step[phase] for step in steps]) for phase in (*PHASES, "rest")}
+        return {phase: np.array([step[phase] for step in steps]) for phase in PHASES}
 
 
 class _Span:

@@ -6,10 +6,10 @@ import math
 from pathlib import Path
 
 import numpy as np
+from phase_clock import PHASES
 from result_files import InputError, Results, Row, machine, made, number, unique
 from report_style import PAPER, binary, curve, grid, legend, look, plain_ticks
 
-PHASES = ("gather", "forward", "loss", "backward", "optimizer", "rest")
 PHASE_COLOURS = ("#fde725", "#7ad151", "#22a884", "#2a788e", "#414487", "#bbbbbb")  # viridis; the rest in grey
 SMALL = 2**20  # bytes: the second panel of kernels.png
 SWEPT = {"batch": "batch (images)", "width": "width of every hidden layer"}

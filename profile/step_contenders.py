@@ -12,12 +12,11 @@ import numpy as np
 from measure import Contender
 
 from mlp.configs import Config
-from mlp.data import Dataset
+from mlp.data import BYMERGE_CLASSES, PIXELS, Dataset
 from mlp.device import Device, select
 from mlp.ranges import attach, nvtx_annotate
 from mlp.scratch import ScratchLearner
 
-PIXELS, CLASSES = 784, 47
 EAGER, COMPILED = "torch eager, fused optimizer", "torch.compile, fused optimizer"
 CAPTURED = "torch CUDA graph, fused optimizer"
 GEMM_ONLY = "GEMMs alone"  # the names of all contenders that compute nothing but the matrix products begin so
@@ -27,12 +26,12 @@ def synthetic_data(images: int) -> Dataset:
     """Random bytes in place of images: the time of a step does not depend on what they show."""
     rng = np.random.default_rng(0)
     pixels = np.frombuffer(rng.bytes(images * PIXELS), np.uint8).reshape(images, PIXELS)
-    labels = rng.integers(0, CLASSES, images).astype(np.int32)
-    return Dataset("synthetic bytes", pixels.copy(), labels, tuple(map(str, range(CLASSES))), "")
+    labels = rng.integers(0, len(BYMERGE_CLASSES), images).astype(np.int32)
+    return Dataset("synthetic bytes", pixels.copy(), labels, BYMERGE_CLASSES, "")
 
 
 def sizes(config: Config) -> tuple[int, ...]:
-    return PIXELS, *config.hidden, CLASSES
+    return PIXELS, *config.hidden, len(BYMERGE_CLASSES)
 
 
 def set_precision(device: Device, precision: str) -> None:
@@ -65,6 +64,11 @@ def learner(name: str, config: Config, data: Dataset, device: Device):
     from mlp.torch_models import TorchLearner
 
     return TorchLearner(config, data, device.kind, images, compile=name == COMPILED)
+
+
+def contender(name: str, device: Device, run) -> Contender:
+    """The contender that calls `run` of the learner `name`."""
+    return Contender(run, shared=device.kind == "cpu" and name == "fused")
 
 
 def learner_names(device: Device) -> list[str]:
@@ -141,13 +145,12 @@ def captured_gemms(config: Config, stream):
 
 def builders(config: Config, data: Dataset, device: Device, stream) -> dict[str, Callable[[], Contender]]:
     """Name -> what makes the contender ready, for all that this machine can have."""
-    images, shared = len(data.labels), device.kind == "cpu"
 
     def trained(name, ranges=False):
         model = learner(name, config, data, device)
         if ranges:
             attach(model, nvtx_annotate())
-        return Contender(steps(model, images), shared=shared and name == "fused")
+        return contender(name, device, steps(model, len(data.labels)))
 
     table = {name: partial(trained, name) for name in learner_names(device)}
     table["fused, NVTX ranges attached"] = partial(trained, "fused", ranges=True)
