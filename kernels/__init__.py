@@ -1,6 +1,7 @@
-"""Fused kernels for training a classifier: the same five ops on NumPy, CuPy and torch arrays.
+"""Fused kernels for training a classifier: the same ops on NumPy, CuPy and torch arrays.
 
-    from kernels import bias_act, bias_act_backward, softmax_cross_entropy, adam_step, sgd_step, gather_batch
+    from kernels import bias_act, bias_act_backward, softmax_cross_entropy, adam_step, sgd_step
+    from kernels import gather_batch, shuffle, advance, to_bfloat16
 
 `kernels.plain` holds the same ops in ordinary array code: the baseline and the reference.
 """
@@ -13,20 +14,26 @@ class BackendError(RuntimeError):
 from .ops import (  # noqa: E402  (ops needs BackendError)
     ACTIVATIONS,
     adam_step,
+    advance,
     bias_act,
     bias_act_backward,
     gather_batch,
     sgd_step,
+    shuffle,
     softmax_cross_entropy,
+    to_bfloat16,
 )
 
 __all__ = [
     "ACTIVATIONS",
     "BackendError",
     "adam_step",
+    "advance",
     "bias_act",
     "bias_act_backward",
     "gather_batch",
     "sgd_step",
+    "shuffle",
     "softmax_cross_entropy",
+    "to_bfloat16",
 ]

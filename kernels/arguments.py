@@ -5,7 +5,9 @@ import numbers
 
 import numpy as np
 
-FLOAT32, FLOAT64, INT32, UINT8 = map(np.dtype, (np.float32, np.float64, np.int32, np.uint8))
+FLOAT32, FLOAT64, INT32, INT64, UINT8, UINT16 = map(
+    np.dtype, (np.float32, np.float64, np.int32, np.int64, np.uint8, np.uint16)
+)
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh")
 
 
@@ -65,6 +67,18 @@ def check_number(name, value, low=-math.inf, high=math.inf):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not low <= value < high or math.isinf(value):
         raise ValueError(f"{name} must be a finite number in [{low:g}, {high:g}), got {value!r}")
+
+
+def check_whole(name, value, low=-math.inf, high=math.inf):
+    """check_number(), and that the number is of an integer type."""
+    check_number(name, value, low, high)
+    if not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
+
+
+def one_element(array) -> tuple:
+    """The shape that check() must ask for where one element is wanted: () if the array is 0-d, else (1,)."""
+    return () if getattr(array, "shape", None) == () else (1,)
 
 
 def check_scalar(name, value, like, low):

@@ -19,10 +19,13 @@ _P, _L, _I, _F, _U = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int, ctypes.c_
 _SIGNATURES = {
     "bias_act_": [_P, _P, _P, _L, _L],
     "bias_act_backward_": [_P, _P, _P, _P, _P, _L, _L],
-    "softmax_xent": [_P, _P, _P, _P, _P, _L, _I, _F],
+    "softmax_xent": [_P, _P, _P, _P, _P, _P, _L, _I, _I, _F],
     "adam": [_P, _P, _P, _P, _L, _F, _F, _F, _F, _F, _F, _I],
     "sgd": [_P, _P, _P, _L, _F, _F, _F],
-    "gather": [_P, _P, _P, _P, _P, _P, _L, _L, _I, _I, _F, _F, _F, _U, _U],
+    "gather": [_P, _P, _P, _P, _P, _P, _P, _L, _L, _L, _I, _I, _F, _F, _F, _U, _U],
+    "shuffle": [_P, _P, _L, _U, _U, _U],
+    "advance": [_P, _L, _P],
+    "to_bfloat16": [_P, _P, _L],
 }
 
 
@@ -125,10 +128,12 @@ def bias_act_backward(dy, saved, bias, activation, dz, dbias):
     )
 
 
-def softmax_cross_entropy(logits, labels, scale, dlogits, loss, totals):
+def softmax_cross_entropy(logits, labels, C, scale, dlogits, loss, totals, confusion):
+    B, N = logits.shape
     _function("softmax_xent")(
-        _pointer(logits), _pointer(labels), _pointer(dlogits), _pointer(loss), _pointer(totals), *logits.shape, scale
-    )
+        _pointer(logits), _pointer(labels), _pointer(dlogits), _pointer(loss), _pointer(totals), _pointer(confusion),
+        B, C, N, scale,
+    )  # fmt: skip
 
 
 def adam_step(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay, decoupled):
@@ -142,12 +147,24 @@ def sgd_step(p, g, velocity, lr, momentum, weight_decay):
     _function("sgd")(_pointer(p), _pointer(g), _pointer(velocity), p.size, _number(lr), momentum, weight_decay)
 
 
-def gather_batch(images, labels, index, affine, out_x, out_y, side, mean, scale, noise_sigma, seed):
+def gather_batch(images, labels, index, offset, affine, x, y, side, mean, scale, noise_sigma, seed):
     _function("gather")(
-        _pointer(images), _pointer(labels), _pointer(index), _pointer(affine), _pointer(out_x), _pointer(out_y),
-        index.size, images.shape[0], images.shape[1], side, mean, scale, noise_sigma,
+        _pointer(images), _pointer(labels), _pointer(index), _pointer(offset), _pointer(affine), _pointer(x),
+        _pointer(y), x.shape[0], index.size, *images.shape, side, mean, scale, noise_sigma,
         seed & 0xFFFFFFFF, seed >> 32,
     )  # fmt: skip
+
+
+def shuffle(index, out, seed, epoch):
+    _function("shuffle")(_pointer(index), _pointer(out), index.size, seed & 0xFFFFFFFF, seed >> 32, epoch)
+
+
+def advance(offset, by, step):
+    _function("advance")(_pointer(offset), by, _pointer(step))
+
+
+def to_bfloat16(x, y):
+    _function("to_bfloat16")(_pointer(x), _pointer(y), x.size)
 
 
 def empty(shape, dtype=np.float32):

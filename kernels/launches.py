@@ -50,6 +50,11 @@ def _pointer(array):
     return np.uintp(0) if array is None else array
 
 
+def _halves(seed: int) -> tuple:
+    """The low and the high 32 bits of a seed."""
+    return np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32)
+
+
 class Launches:
     """The ops on a device: `function(name)` is called with grid, block and arguments, `multiprocessors()` is their
     number, `room()` the blocks of THREADS threads that one holds, `empty(shape, dtype)` an uninitialised array,
@@ -78,13 +83,13 @@ class Launches:
              self._device.counters(grid[0]), np.int64(B), np.int64(N)),
         )  # fmt: skip
 
-    def softmax_cross_entropy(self, logits, labels, scale, dlogits, loss, totals):
-        B, C = logits.shape
+    def softmax_cross_entropy(self, logits, labels, C, scale, dlogits, loss, totals, confusion):
+        B, N = logits.shape
         grid, block = row_shape(B, C, self._device.multiprocessors(), self._device.room())
         self._device.function(f"softmax_xent_{softmax_items(C)}")(
             grid, block,
-            (logits, labels, dlogits, loss, _pointer(totals), self.empty((grid[0], 2)), self._device.counters(1),
-             np.int64(B), np.int32(C), np.float32(scale)),
+            (logits, labels, dlogits, loss, _pointer(totals), _pointer(confusion), self.empty((grid[0], 2)),
+             self._device.counters(1), np.int64(B), np.int32(C), np.int32(N), np.float32(scale)),
         )  # fmt: skip
 
     def _scalar(self, value):
@@ -109,12 +114,24 @@ class Launches:
              np.float32(weight_decay)),
         )  # fmt: skip
 
-    def gather_batch(self, images, labels, index, affine, out_x, out_y, side, mean, scale, noise_sigma, seed):
-        M, D = images.shape
-        grid, block = self._flat_shape(index.size * 4 * _divide_up(D, 4))
+    def gather_batch(self, images, labels, index, offset, affine, x, y, side, mean, scale, noise_sigma, seed):
+        (M, D), B = images.shape, x.shape[0]
+        grid, block = self._flat_shape(B * 4 * _divide_up(D, 4))
         self._device.function("gather")(
             grid, block,
-            (images, labels, index, _pointer(affine), out_x, out_y, np.int64(index.size), np.int64(M), np.int32(D),
-             np.int32(side), np.float32(mean), np.float32(scale), np.float32(noise_sigma),
-             np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32)),
+            (images, labels, index, _pointer(offset), _pointer(affine), x, y, np.int64(B), np.int64(index.size),
+             np.int64(M), np.int32(D), np.int32(side), np.float32(mean), np.float32(scale), np.float32(noise_sigma),
+             *_halves(seed)),
         )  # fmt: skip
+
+    def shuffle(self, index, out, seed, epoch):
+        grid, block = self._flat_shape(index.size)
+        args = index, out, np.int64(index.size), *_halves(seed), np.uint32(epoch)
+        self._device.function("shuffle")(grid, block, args)
+
+    def advance(self, offset, by, step):
+        self._device.function("advance")((1,), (1,), (offset, np.int64(by), _pointer(step)))
+
+    def to_bfloat16(self, x, y):
+        grid, block = self._flat_shape(x.size)
+        self._device.function("to_bfloat16")(grid, block, (x, y, np.int64(x.size)))

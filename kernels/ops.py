@@ -5,12 +5,11 @@ unless said otherwise, all of one kind and on the current device. Results go int
 synchronises with the GPU. A wrong kind or dtype raises TypeError, a wrong shape or layout ValueError; both
 name the argument and what was expected. BackendError says that the compiled kernels are missing.
 
-Letters: B rows of the batch, N columns, C classes, P parameters, M images, D pixels.
+Letters: B rows of the batch, N columns or elements, C classes, P parameters, M images, D pixels.
 """
 
 import functools
 import math
-import numbers
 
 import numpy as np
 
@@ -19,13 +18,17 @@ from .arguments import (
     FLOAT32,
     FLOAT64,
     INT32,
+    INT64,
     UINT8,
+    UINT16,
     check,
     check_activation,
     check_number,
     check_output,
     check_scalar,
+    check_whole,
     is_cupy,
+    one_element,
 )
 from .interop import accepts_torch
 
@@ -93,30 +96,41 @@ def bias_act_backward(dy, saved, activation="relu", bias=None, out=None, bias_gr
 
 
 @accepts_torch
-def softmax_cross_entropy(logits, labels, scale=None, out=None, totals=None):
-    """Loss and gradient: logits (B, C), labels int32 (B,) -> loss (0-d), dlogits (B, C).
+def softmax_cross_entropy(logits, labels, scale=None, out=None, totals=None, confusion=None, classes=None):
+    """Loss and gradient: logits (B, N), labels int32 (B,) -> loss (0-d), dlogits (B, N).
 
     loss = scale * sum of the row losses -log softmax(logits)[label]; scale defaults to 1 / B, which makes it
     the mean; an explicit scale lets chunks of a larger batch add up. dlogits is its gradient. A label outside
     [0, C) or a NaN logit makes the loss and that row of dlogits NaN. `out` may be logits.
     totals: float64 (2,), to which the sum of the row losses and the number of rows whose label is the first
     largest logit are added: an epoch's loss and accuracy without leaving the device.
+    confusion: int64 (C, C), to which each row with a label in [0, C) adds 1 at [label, prediction]: the first
+    largest logit, NaN passed over, or class 0 where all logits are NaN.
+    classes: C, by default N. The columns from C on are padding: never read, and 0 in dlogits.
     """
     backend = _backend("logits", logits)
     check("logits", logits, logits, FLOAT32, None, None)
-    B, C = logits.shape
-    if C < 1:
+    B, N = logits.shape
+    if N < 1:
         raise ValueError(f"logits must have at least one class, got shape {logits.shape}")
+    C = N
+    if classes is not None:
+        check_whole("classes", classes)
+        if not 1 <= classes <= N:
+            raise ValueError(f"classes must be from 1 to the number of columns of logits, {N}, got {classes}")
+        C = int(classes)
     check("labels", labels, logits, INT32, B)
     if scale is None:
         scale = 1.0 / B if B else math.nan
     else:
         check_number("scale", scale)
-    out = _output(backend, "out", out, logits, FLOAT32, B, C)
+    out = _output(backend, "out", out, logits, FLOAT32, B, N)
     if totals is not None:
         check_output("totals", totals, logits, FLOAT64, 2)
+    if confusion is not None:
+        check_output("confusion", confusion, logits, INT64, C, C)
     loss = backend.empty(())
-    backend.softmax_cross_entropy(logits, labels, scale, out, loss, totals)
+    backend.softmax_cross_entropy(logits, labels, C, scale, out, loss, totals, confusion)
     return loss, out
 
 
@@ -164,8 +178,9 @@ def sgd_step(p, g, velocity=None, *, lr, momentum=0.0, weight_decay=0.0):
 
 @accepts_torch
 def gather_batch(
-    images, labels, index, *, out_x=None, out_y=None, mean=0.0, scale=1.0, noise_sigma=0.0, seed=0, affine=None
-):
+    images, labels, index, *, offset=None, out_x=None, out_y=None, mean=0.0, scale=1.0, noise_sigma=0.0, seed=0,
+    affine=None,
+):  # fmt: skip
     """A batch from a uint8 dataset: images (M, D) uint8, labels (M,) int32, index (B,) int32
     -> x (B, D) float32 = (pixel / 255 + noise_sigma * normal - mean) * scale, y (B,) int32.
 
@@ -173,6 +188,9 @@ def gather_batch(
     batch size and order (Philox4x32-10, Salmon et al. 2011). affine: float32 (B, 2, 3), for square images:
     the matrix that takes an output pixel's (column, row, 1) from the centre to the source pixel's, sampled
     bilinearly, 0 outside. An index outside [0, M) gives a NaN row and label -1.
+    offset: int64 array of one element, which is read when the kernel runs: the batch is then
+    index[offset : offset + B] of an index of any length, where B is the number of rows of `out_x`, which must
+    be given; a position outside the index gives a NaN row and label -1, too.
     """
     backend = _backend("images", images)
     check("images", images, images, UINT8, None, None)
@@ -182,6 +200,12 @@ def gather_batch(
     check("labels", labels, images, INT32, M)
     check("index", index, images, INT32, None)
     B, side = index.size, math.isqrt(D)
+    if offset is not None:
+        check("offset", offset, images, INT64, *one_element(offset))
+        if out_x is None:
+            raise ValueError("out_x must be given where offset is: its rows say how many images the batch has")
+        check_output("out_x", out_x, images, FLOAT32, None, D)
+        B = out_x.shape[0]
     if affine is not None:
         check("affine", affine, images, FLOAT32, B, 2, 3)
         if side * side != D:
@@ -189,10 +213,60 @@ def gather_batch(
     check_number("mean", mean)
     check_number("scale", scale)
     check_number("noise_sigma", noise_sigma, 0.0)
-    check_number("seed", seed, 0, 2**64)
-    if not isinstance(seed, numbers.Integral):
-        raise TypeError(f"seed must be a whole number, got {type(seed).__name__}")
+    check_whole("seed", seed, 0, 2**64)
     out_x = _output(backend, "out_x", out_x, images, FLOAT32, B, D)
     out_y = _output(backend, "out_y", out_y, images, INT32, B)
-    backend.gather_batch(images, labels, index, affine, out_x, out_y, side, mean, scale, noise_sigma, int(seed))
+    backend.gather_batch(
+        images, labels, index, offset, affine, out_x, out_y, side, mean, scale, noise_sigma, int(seed)
+    )
     return out_x, out_y
+
+
+@accepts_torch
+def advance(offset, by, step=None):
+    """What a captured training step moves on itself: offset (int64, one element) += by, a whole number from 0 on,
+    and step (float32, one element) += 1, in place, in one launch. Returns None.
+
+    The offset is gather_batch's and the step adam_step's, which counts exactly up to 2^24.
+    """
+    backend = _backend("offset", offset)
+    check_output("offset", offset, offset, INT64, *one_element(offset))
+    check_whole("by", by, 0, 2**63)
+    if step is not None:
+        check_output("step", step, offset, FLOAT32, *one_element(step))
+    backend.advance(offset, int(by), step)
+
+
+@accepts_torch
+def shuffle(index, *, seed=0, epoch=0, out=None):
+    """The elements of index, int32 (N,), in a random order -> int32 (N,); N is at most 2^31.
+
+    The order depends on `seed` (64 bits), `epoch` (32 bits) and N alone: it is the same on every device. `out`
+    must not be index. A Feistel network with cycle walking permutes the positions (see src/shuffle.cuh; after
+    Mitchell et al., "Bandwidth-optimal random shuffling for GPUs", 2021).
+    """
+    backend = _backend("index", index)
+    check("index", index, index, INT32, None)
+    if index.size > 2**31:
+        raise ValueError(f"index must have at most 2^31 elements, got {index.size}")
+    check_whole("seed", seed, 0, 2**64)
+    check_whole("epoch", epoch, 0, 2**32)
+    if out is index:
+        raise ValueError("out must not be index, whose elements are read in another order; pass another array")
+    out = _output(backend, "out", out, index, INT32, index.size)
+    backend.shuffle(index, out, int(seed), int(epoch))
+    return out
+
+
+@accepts_torch
+def to_bfloat16(x, out=None):
+    """x float32, of any shape -> the bits of its bfloat16, uint16 of that shape, rounded to nearest, ties to even.
+
+    NaN stays NaN, with its sign; infinities, zeros and their signs are exact, and denormals are rounded like other
+    numbers. For torch, result.view(torch.bfloat16) are the numbers themselves.
+    """
+    backend = _backend("x", x)
+    check("x", x, x, FLOAT32, *x.shape)
+    out = _output(backend, "out", out, x, UINT16, *x.shape)
+    backend.to_bfloat16(x, out)
+    return out

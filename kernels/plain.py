@@ -99,26 +99,37 @@ def bias_act_backward(dy, saved, activation="relu", bias=None, out=None, bias_gr
     return out, out.sum(axis=0, out=bias_grad)
 
 
-def softmax_cross_entropy(logits, labels, scale=None, out=None, totals=None):
+def softmax_cross_entropy(logits, labels, scale=None, out=None, totals=None, confusion=None, classes=None):
     xp = array_module(logits)
-    B, C = logits.shape
+    B, C = len(logits), logits.shape[1] if classes is None else classes
     if scale is None:
         scale = 1.0 / B if B else math.nan
+    out = xp.empty_like(logits) if out is None else out
+    logits, dlogits, padding = logits[:, :C], out[:, :C], out[:, C:]
     rows = xp.arange(B)
     valid = (labels >= 0) & (labels < C)
     safe = xp.where(valid, labels, 0)
+    if confusion is not None:
+        xp.add.at(confusion, (safe, _prediction(xp, logits)), valid)
     with np.errstate(invalid="ignore"):
         shifted = logits - logits.max(axis=1, keepdims=True)
-    out = xp.exp(shifted, out=out)
-    total = out.sum(axis=1, keepdims=True)
+    xp.exp(shifted, out=dlogits)
+    total = dlogits.sum(axis=1, keepdims=True)
     losses = xp.where(valid, xp.log(total[:, 0]) - shifted[rows, safe], math.nan)
-    out *= scale / total
-    out[rows, safe] -= scale
-    out[~valid] = math.nan
+    dlogits *= scale / total
+    dlogits[rows, safe] -= scale
+    dlogits[~valid] = math.nan
+    padding[...] = 0
     if totals is not None:
         totals[0] += losses.sum(dtype=np.float64)
         totals[1] += xp.count_nonzero((shifted.argmax(axis=1) == labels) & ~xp.isnan(losses))
     return (losses.sum(dtype=np.float64) * scale).astype(logits.dtype), out
+
+
+def _prediction(xp, logits):
+    """The class of each row's first largest logit, NaN passed over; 0 where all are NaN."""
+    largest = xp.where(xp.isnan(logits), -math.inf, logits).max(axis=1, keepdims=True)
+    return (logits == largest).argmax(axis=1)
 
 
 def adam_step(p, g, m, v, *, step, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=False):
@@ -147,6 +158,9 @@ def sgd_step(p, g, velocity=None, *, lr, momentum=0.0, weight_decay=0.0):
     p -= lr * g
 
 
+FOR_NOISE, FOR_SHUFFLE = 0, 1  # the last word of a counter says what its bits are for
+
+
 def _philox4x32(xp, counters, key0, key1):
     """Four uint32 arrays of random bits: Salmon et al. 2011, 10 rounds. `counters`: four uint64 arrays < 2^32."""
     low = xp.uint64(0xFFFFFFFF)
@@ -165,7 +179,8 @@ def normals(xp, index, count, seed):
     """Standard normal (B, count) float32 noise that depends on the seed, the image's index and the pixel alone."""
     quads = -(-count // 4)
     zero = xp.zeros((len(index), quads), xp.uint64)
-    counters = zero + xp.arange(quads, dtype=xp.uint64), zero + index.astype(xp.uint64)[:, None], zero, zero
+    image, use = index.astype(xp.uint64)[:, None], xp.uint64(FOR_NOISE)
+    counters = zero + xp.arange(quads, dtype=xp.uint64), zero + image, zero, zero + use
     bits = _philox4x32(xp, counters, seed & 0xFFFFFFFF, seed >> 32)
     units = [((b >> xp.uint64(9)).astype(xp.float32) + xp.float32(0.5)) * xp.float32(2.0**-23) for b in bits]
     noise = xp.empty((len(index), quads, 4), xp.float32)
@@ -202,9 +217,12 @@ def _warp(xp, images, affine):
 
 
 def gather_batch(
-    images, labels, index, *, out_x=None, out_y=None, mean=0.0, scale=1.0, noise_sigma=0.0, seed=0, affine=None
-):
+    images, labels, index, *, offset=None, out_x=None, out_y=None, mean=0.0, scale=1.0, noise_sigma=0.0, seed=0,
+    affine=None,
+):  # fmt: skip
     xp = array_module(images)
+    if offset is not None:
+        index = _slice(xp, index, offset, len(out_x))
     out_x = xp.empty((len(index), images.shape[1]), xp.float32) if out_x is None else out_x
     out_y = xp.empty(len(index), xp.int32) if out_y is None else out_y
     valid = (index >= 0) & (index < len(images))
@@ -220,3 +238,78 @@ def gather_batch(
     out_x[~valid] = math.nan
     out_y[...] = xp.where(valid, labels[safe], -1)
     return out_x, out_y
+
+
+def _slice(xp, index, offset, count):
+    """index[offset : offset + count], -1 at positions outside; the offset is an array, and stays on its device."""
+    positions = offset.ravel() + xp.arange(count)  # a sum beyond int64 wraps to a position that is outside, too
+    if not len(index):
+        return xp.full(count, -1, index.dtype)
+    inside = (positions >= 0) & (positions < len(index))
+    return xp.where(inside, index[xp.where(inside, positions, 0)], -1)
+
+
+def advance(offset, by, step=None):
+    offset += by
+    if step is not None:
+        step += 1
+
+
+_LOW = 0xFFFFFFFF
+SHUFFLE_ROUNDS, SHUFFLE_LEAST_BITS = 8, 8
+
+
+def _mix32(x):
+    """murmur3's finalizer fmix32 on an int64 array of numbers below 2^32; what a product loses is above that."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _LOW
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _LOW
+    return x ^ (x >> 16)
+
+
+def _round_keys(seed, epoch):
+    counters = [np.array([word], np.uint64) for word in (epoch, 0, 0, FOR_SHUFFLE)]
+    words = [int(word[0]) for word in _philox4x32(np, counters, seed & _LOW, seed >> 32)]
+    return [(words[k % 4] + k * 0x9E3779B9) & _LOW for k in range(SHUFFLE_ROUNDS)]
+
+
+def _feistel(x, bits, keys):
+    """A bijection of [0, 2^bits) on an int64 array: see src/shuffle.cuh."""
+    low_bits, high_bits = bits // 2, bits - bits // 2
+    low, high = x & (2**low_bits - 1), x >> low_bits
+    for k in range(0, SHUFFLE_ROUNDS, 2):
+        low = low ^ (_mix32(high ^ keys[k]) & (2**low_bits - 1))
+        high = high ^ (_mix32(low ^ keys[k + 1]) & (2**high_bits - 1))
+    return high * 2**low_bits + low
+
+
+def _arange(like, count):
+    """0, 1, ..., count - 1 in int64, of the kind and on the device of `like`: NumPy, CuPy or torch."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(like, torch.Tensor):
+        return torch.arange(count, device=like.device)
+    return array_module(like).arange(count, dtype=np.int64)
+
+
+def shuffle(index, *, seed=0, epoch=0, out=None):
+    """Also of torch tensors, on any device."""
+    N, keys = len(index), _round_keys(seed, epoch)
+    bits = max(SHUFFLE_LEAST_BITS, (N - 1).bit_length())
+    x = _feistel(_arange(index, N), bits, keys)
+    outside = x >= N
+    while outside.any():
+        x[outside] = _feistel(x[outside], bits, keys)
+        outside = x >= N
+    if out is None:
+        return index[x]
+    out[...] = index[x]
+    return out
+
+
+def to_bfloat16(x, out=None):
+    xp = array_module(x)
+    bits = x.view(xp.uint32)
+    rounded = bits + xp.uint32(0x7FFF) + (bits >> 16 & xp.uint32(1))
+    result = xp.where(xp.isnan(x), bits | xp.uint32(0x00400000), rounded) >> 16
+    out = xp.empty(x.shape, xp.uint16) if out is None else out
+    out[...] = result
+    return out

@@ -133,17 +133,24 @@ def _launches():
             ops.bias_act_backward(f(1000, 400), f(1000, 400), bias, activation, f(1000, 400), f(400))
         ops.bias_act_backward(f(2, 4), f(2, 4), None, activation, f(2, 4), f(4))
     for C in (1, 32, 33, 47, 100, 200, 500, 1000, 1025):
-        for totals in (None, np.zeros(2)):
-            ops.softmax_cross_entropy(f(8, C), np.zeros(8, np.int32), 0.1, f(8, C), f(), totals)
+        for totals, confusion in ((None, None), (np.zeros(2), np.zeros((C, C), np.int64))):
+            ops.softmax_cross_entropy(
+                f(8, C + 1), np.zeros(8, np.int32), C, 0.1, f(8, C + 1), f(), totals, confusion
+            )
     for step, lr in ((1, 0.1), (f(), f())):
         ops.adam_step(f(9), f(9), f(9), f(9), step, lr, 0.9, 0.999, 1e-8, 0.0, True)
     for velocity in (None, f(9)):
         ops.sgd_step(f(9), f(9), velocity, 0.1, 0.0, 0.0)
     images, labels = np.zeros((5, 9), np.uint8), np.zeros(5, np.int32)
-    for affine in (None, f(4, 2, 3)):
+    offset = np.zeros(1, np.int64)
+    for where, affine in ((None, None), (offset, f(4, 2, 3))):
         ops.gather_batch(
-            images, labels, labels[:4], affine, f(4, 9), labels[:4], 3, 0.0, 1.0, 0.0, 2**64 - 1
+            images, labels, labels[:4], where, affine, f(4, 9), labels[:4], 3, 0.0, 1.0, 0.0, 2**64 - 1
         )
+    for step in (None, f(1)):
+        ops.advance(offset, 2**63 - 1, step)
+    ops.shuffle(labels, labels, 2**64 - 1, 2**32 - 1)
+    ops.to_bfloat16(f(9), np.zeros(9, np.uint16))
     return device.launches
 
 

@@ -6,15 +6,15 @@
 // `affine` the bilinear value at the source position of output pixel (column, row) of a square image, 0
 // outside it: affine[b] = (a00 a01 a02; a10 a11 a12) maps output (column, row) to source (column, row),
 // both relative to the image centre (the inverse map, as in torch's affine_grid, but in pixels).
-// n is standard normal from Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-// 2011), counter (pixel / 4, index[b], 0, 0), key = seed: it depends on the seed, the image and the pixel
-// alone, so a run can be replayed with any batch size on any device. Box-Muller makes it normal.
+// n is standard normal (random.cuh), counter (pixel / 4, index[b], 0, 0), key = seed: it depends on the seed, the
+// image and the pixel alone, so a run can be replayed with any batch size on any device.
 // An index outside [0, M) gives a NaN row and label -1.
+// With `offset`, one number on the device, the batch is index[offset : offset + B] instead of the whole index, so that
+// a captured launch goes on from step to step; a position outside the index is no image either. advance() moves it.
 // Bytes per element: 5. Launch: flat, grid-stride, one thread per 4 pixels.
 #pragma once
 #include "common.cuh"
-
-struct Normals { float v[4]; };
+#include "random.cuh"
 
 struct GatherSettings {
   float mean, scale, noise_sigma;
@@ -22,36 +22,6 @@ struct GatherSettings {
   int D, side;          // side: sqrt(D) where affine is used
   index_t M;
 };
-
-DEVICE unsigned multiply_high(unsigned a, unsigned b) { return (unsigned)(((unsigned long long)a * b) >> 32); }
-
-DEVICE void philox4x32(unsigned (&c)[4], unsigned k0, unsigned k1) {
-  for (int round = 0; round < 10; ++round) {
-    const unsigned h0 = multiply_high(0xD2511F53u, c[0]), l0 = 0xD2511F53u * c[0];
-    const unsigned h1 = multiply_high(0xCD9E8D57u, c[2]), l1 = 0xCD9E8D57u * c[2];
-    c[0] = h1 ^ c[1] ^ k0;
-    c[1] = l1;
-    c[2] = h0 ^ c[3] ^ k1;
-    c[3] = l0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-}
-
-// 23 bits of x as a number in (0, 1), never 0 or 1: exact in float32, so every device agrees.
-DEVICE float unit_interval(unsigned x) { return ((float)(x >> 9) + 0.5f) * (1.0f / 8388608.0f); }
-
-DEVICE Normals normals(unsigned quad, unsigned image, unsigned seed_low, unsigned seed_high) {
-  unsigned c[4] = {quad, image, 0u, 0u};
-  philox4x32(c, seed_low, seed_high);
-  Normals n;
-  UNROLL for (int k = 0; k < 4; k += 2) {
-    const float radius = sqrtf(-2.0f * logf(unit_interval(c[k])));
-    n.v[k] = radius * cosine_of_turns(unit_interval(c[k + 1]));
-    n.v[k + 1] = radius * sine_of_turns(unit_interval(c[k + 1]));
-  }
-  return n;
-}
 
 DEVICE float pixel_or_zero(const unsigned char* image, int column, int row, int side) {
   return column >= 0 && column < side && row >= 0 && row < side ? (float)image[row * side + column] : 0.0f;
@@ -73,6 +43,18 @@ DEVICE float warped_pixel(const unsigned char* image, const float* a, int d, int
 DEVICE float normalise(float p, const GatherSettings& s) { return (p - s.mean) * s.scale; }
 
 DEVICE bool is_image(index_t source, index_t M) { return source >= 0 && source < M; }
+
+// The image in row b of the batch, from an index of N: -1 where its position offset + b, which may be beyond what an
+// index_t holds, lies outside.
+DEVICE index_t source_of(const int* index, index_t N, index_t offset, index_t b) {
+  return offset >= -b && offset < N - b ? index[offset + b] : -1;
+}
+
+// What changes from step to step, moved on where a captured launch reads it. The sum wraps, as NumPy's does.
+DEVICE void advance_step(index_t* offset, index_t by, float* step) {
+  *offset = (index_t)((unsigned long long)*offset + (unsigned long long)by);
+  if (step) *step += 1.0f;
+}
 
 // The up to 4 pixels from d on of one row of the batch. `affine` is the row's matrix or null.
 DEVICE void gather_quad(const GatherSettings& s, const unsigned char* images, index_t source, const float* affine,
@@ -103,14 +85,16 @@ DEVICE int gather_label(const int* labels, index_t source, index_t M) {
 #ifdef __CUDACC__
 
 DEVICE void gather_grid(const GatherSettings& s, const unsigned char* images, const int* labels, const int* index,
-                        const float* affine, float* x, int* y, index_t B) {
+                        const index_t* offset, const float* affine, float* x, int* y, index_t B, index_t N) {
+  const index_t begin = offset ? *offset : 0;
   const index_t quads = (s.D + 3) / 4, total = B * quads;
   const index_t thread = blockIdx.x * (index_t)blockDim.x + threadIdx.x;
   for (index_t q = thread; q < total; q += gridDim.x * (index_t)blockDim.x) {
     const index_t b = q / quads;
     const int d = 4 * (int)(q - b * quads);
-    gather_quad(s, images, index[b], affine ? affine + 6 * b : nullptr, x + b * s.D, d);
-    if (d == 0) y[b] = gather_label(labels, index[b], s.M);
+    const index_t source = source_of(index, N, begin, b);
+    gather_quad(s, images, source, affine ? affine + 6 * b : nullptr, x + b * s.D, d);
+    if (d == 0) y[b] = gather_label(labels, source, s.M);
   }
 }
 

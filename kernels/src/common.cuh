@@ -57,6 +57,8 @@ template <int W> DEVICE void store(float* p, const Pack<W>& x) {
 
 DEVICE float infinity() { return __int_as_float(0x7f800000); }
 DEVICE float not_a_number() { return __int_as_float(0x7fffffff); }
+DEVICE unsigned float_bits(float x) { return (unsigned)__float_as_int(x); }
+DEVICE void add_one(unsigned long long* count) { atomicAdd(count, 1ull); }
 DEVICE float exponential(float x) { return expf(x); }
 DEVICE float error_function(float x) { return erff(x); }
 DEVICE float cosine_of_turns(float x) { return cospif(2.0f * x); }
@@ -94,6 +96,15 @@ struct Group {
     bool x = false;
     for_each<ITEMS>(C, [&](int k, int j) { x = x || f(k, j); });
     return __any_sync(0xffffffffu, x);
+  }
+  template <int ITEMS, class F> DEVICE static int first(int C, F f) {  // the first column of which f is true, or C
+    int x = C;
+    for_each<ITEMS>(C, [&](int k, int j) { x = j < x && f(k, j) ? j : x; });
+    UNROLL for (int d = 16; d > 0; d >>= 1) {
+      const int other = __shfl_xor_sync(0xffffffffu, x, d);
+      x = other < x ? other : x;
+    }
+    return x;
   }
   // What any lane reads before comes before what any lane writes after; a shuffle or a vote promises less.
   DEVICE static void sync() { __syncwarp(); }

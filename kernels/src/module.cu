@@ -2,6 +2,8 @@
 #include "adam.cuh"
 #include "batch.cuh"
 #include "bias_act.cuh"
+#include "convert.cuh"
+#include "shuffle.cuh"
 #include "softmax_xent.cuh"
 
 // Blocks of 256 threads that a multiprocessor has room for: it holds 1024, 1536 or 2048 threads.
@@ -36,9 +38,11 @@ BIAS_ACT(gelu_tanh, GeluTanh)
 
 #define SOFTMAX_XENT(items, blocks)                                                                           \
   KERNEL(blocks) softmax_xent_##items(const float* logits, const int* labels, float* dlogits,                 \
-                                      float* loss, double* totals, float* partial, unsigned* counter,         \
-                                      index_t B, int C, float scale) {                                        \
-    softmax_xent_block<items>(logits, labels, dlogits, loss, totals, partial, counter, B, C, scale);          \
+                                      float* loss, double* totals, unsigned long long* confusion,             \
+                                      float* partial, unsigned* counter, index_t B, int C, int N,             \
+                                      float scale) {                                                          \
+    softmax_xent_block<items>(logits, labels, dlogits, loss, totals, confusion, partial, counter, B, C, N,    \
+                              scale);                                                                         \
   }
 
 SOFTMAX_XENT(0, 8)  // any number of classes; the others hold items x 32 of them in registers
@@ -63,8 +67,17 @@ KERNEL(8) sgd(float* p, const float* g, float* velocity, index_t n, float lr, co
   sgd_range(Range{n}, p, g, velocity, lr_pointer ? *lr_pointer : lr, momentum, weight_decay);
 }
 
-KERNEL(8) gather(const unsigned char* images, const int* labels, const int* index, const float* affine, float* x,
-                 int* y, index_t B, index_t M, int D, int side, float mean, float scale, float noise_sigma,
-                 unsigned seed_low, unsigned seed_high) {
-  gather_grid({mean, scale, noise_sigma, seed_low, seed_high, D, side, M}, images, labels, index, affine, x, y, B);
+KERNEL(8) gather(const unsigned char* images, const int* labels, const int* index, const index_t* offset,
+                 const float* affine, float* x, int* y, index_t B, index_t N, index_t M, int D, int side, float mean,
+                 float scale, float noise_sigma, unsigned seed_low, unsigned seed_high) {
+  gather_grid({mean, scale, noise_sigma, seed_low, seed_high, D, side, M}, images, labels, index, offset, affine, x, y,
+              B, N);
 }
+
+KERNEL(8) shuffle(const int* index, int* out, index_t N, unsigned seed_low, unsigned seed_high, unsigned epoch) {
+  shuffle_grid(index, out, N, seed_low, seed_high, epoch);
+}
+
+KERNEL(8) advance(index_t* offset, index_t by, float* step) { advance_step(offset, by, step); }
+
+KERNEL(8) to_bfloat16(const float* x, unsigned short* y, index_t n) { to_bfloat16_range(Range{n}, x, y); }

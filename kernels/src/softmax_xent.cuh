@@ -3,10 +3,13 @@
 //   loss       = scale sum_r (log sum_j exp(x[r, j]) - x[r, label[r]])
 //   dlogits[r] = scale (softmax(x[r]) - onehot(label[r]))
 //
-// x: (B, C) float32, label: (B,) int32. Everything is computed from x - max(x), so logits of +-1e4 are
+// x: the first C columns of (B, N) float32, label: (B,) int32. The other columns, which make rows start on 16 bytes,
+// are padding: not read, and 0 in dlogits. Everything is computed from x - max(x), so logits of +-1e4 are
 // exact. A label outside [0, C) or a NaN logit makes its row's gradient and the loss NaN.
 // Bytes per element: 8. Launch: one warp per row, grid-stride, 8 warps per block. A row of up to 1024
 // classes lives in registers (47 classes: 2 per lane); longer rows keep exp(x - max) in dlogits.
+// With `confusion`, (C, C) counts, a row adds one at [label, prediction], the first largest logit: integers, so the
+// order in which rows add changes nothing.
 // Row losses are added in a fixed order: lane, warp, block, and at the end by the last block.
 #pragma once
 #include "common.cuh"
@@ -30,13 +33,19 @@ struct RowResult {
   int correct; // 1 where the label is the first largest logit
 };
 
+// confusion: null, or (C, C) counts.
 template <class Row>
-DEVICE RowResult softmax_xent_row(Row row, const float* x, float* dx, int C, int label, float scale) {
+DEVICE RowResult softmax_xent_row(Row row, const float* x, float* dx, int C, int N, int label, float scale,
+                                  unsigned long long* confusion) {
   constexpr int K = Row::items;
   const bool valid = label >= 0 && label < C;
   const float own = valid ? x[label] : not_a_number();
   const float largest = Group::max<K>(C, [&](int, int j) { return x[j]; });
   const bool beaten = Group::any<K>(C, [&](int, int j) { return x[j] == largest && j < label; });
+  if (confusion && valid) {  // NaN is passed over; where all are NaN, class 0
+    const int first = Group::first<K>(C, [&](int, int j) { return x[j] == largest; });
+    if (Group::lane() == 0) add_one(confusion + (index_t)label * C + (first < C ? first : 0));
+  }
   Group::sync();  // dx may be x, and another lane writes where `own` was read
 
   Group::for_each<K>(C, [&](int k, int j) { row.at(k, j) = exponential(x[j] - largest); });
@@ -44,6 +53,7 @@ DEVICE RowResult softmax_xent_row(Row row, const float* x, float* dx, int C, int
   const float loss = logf(total) + (largest - own);
   const float factor = valid ? scale / total : not_a_number();
   Group::for_each<K>(C, [&](int k, int j) { dx[j] = row.at(k, j) * factor - (j == label ? scale : 0.0f); });
+  Group::for_each<0>(N - C, [&](int, int j) { dx[C + j] = 0.0f; });
   return {loss, own == largest && !beaten && loss == loss ? 1 : 0};
 }
 
@@ -67,17 +77,19 @@ template <class T> DEVICE T block_sum(T x) {
 // rows are added. partial: (gridDim.x, 2) floats of scratch; counter: one zero.
 template <int ITEMS>
 DEVICE void softmax_xent_block(const float* logits, const int* labels, float* dlogits, float* loss,
-                               double* totals, float* partial, unsigned* counter, index_t B, int C, float scale) {
+                               double* totals, unsigned long long* confusion, float* partial, unsigned* counter,
+                               index_t B, int C, int N, float scale) {
   const int warps = XENT_THREADS / 32;
   float losses = 0.0f;
   int correct = 0;
   for (index_t r = blockIdx.x * (index_t)warps + threadIdx.x / 32; r < B; r += gridDim.x * (index_t)warps) {
-    float* const dx = dlogits + r * C;
+    const float* const x = logits + r * N;
+    float* const dx = dlogits + r * N;
     RowResult result;
     if constexpr (ITEMS > 0) {
-      result = softmax_xent_row(InRegisters<ITEMS>{}, logits + r * C, dx, C, labels[r], scale);
+      result = softmax_xent_row(InRegisters<ITEMS>{}, x, dx, C, N, labels[r], scale, confusion);
     } else {
-      result = softmax_xent_row(InMemory{dx}, logits + r * C, dx, C, labels[r], scale);
+      result = softmax_xent_row(InMemory{dx}, x, dx, C, N, labels[r], scale, confusion);
     }
     losses += result.loss;
     correct += result.correct;

@@ -5,6 +5,8 @@
 #include "../adam.cuh"
 #include "../batch.cuh"
 #include "../bias_act.cuh"
+#include "../convert.cuh"
+#include "../shuffle.cuh"
 #include "../softmax_xent.cuh"
 #include "pool.h"
 #include "stream.h"
@@ -87,15 +89,15 @@ BIAS_ACT(gelu, Gelu, 0.7, 1.0)
 BIAS_ACT(gelu_tanh, GeluTanh, 0.6, 0.9)
 
 EXPORT void softmax_xent(const float* logits, const int* labels, float* dlogits, float* loss, double* totals,
-                         index_t B, int C, float scale) {
+                         unsigned long long* confusion, index_t B, int C, int N, float scale) {
   const RowChunks chunks(B, C, 1.5);
   struct Sum { double loss, correct; };
   std::vector<Sum> partial(chunks.count);
   over_rows(chunks, [&](index_t k, Rows rows) {
     Sum sum{0.0, 0.0};
     for (index_t r = rows.begin; r < rows.end; ++r) {
-      float* const dx = dlogits + r * C;
-      const RowResult result = softmax_xent_row(InMemory{dx}, logits + r * C, dx, C, labels[r], scale);
+      float* const dx = dlogits + r * N;
+      const RowResult result = softmax_xent_row(InMemory{dx}, logits + r * N, dx, C, N, labels[r], scale, confusion);
       sum.loss += result.loss;
       sum.correct += result.correct;
     }
@@ -129,14 +131,15 @@ EXPORT void sgd(float* p, const float* g, float* velocity, index_t n, float lr, 
   });
 }
 
-EXPORT void gather(const unsigned char* images, const int* labels, const int* index, const float* affine, float* x,
-                   int* y, index_t B, index_t M, int D, int side, float mean, float scale, float noise_sigma,
-                   unsigned seed_low, unsigned seed_high) {
+EXPORT void gather(const unsigned char* images, const int* labels, const int* index, const index_t* offset,
+                   const float* affine, float* x, int* y, index_t B, index_t N, index_t M, int D, int side, float mean,
+                   float scale, float noise_sigma, unsigned seed_low, unsigned seed_high) {
+  const index_t begin = offset ? *offset : 0;
   const GatherSettings settings{mean, scale, noise_sigma, seed_low, seed_high, D, side, M};
   const double cost = 0.6 + (affine ? 5.0 : 0.0) + (noise_sigma != 0.0f ? 8.0 : 0.0);
   over_rows(RowChunks(B, D, cost), [&](index_t, Rows rows) {
     for (index_t b = rows.begin; b < rows.end; ++b) {
-      const index_t source = index[b], ahead = b + 2 < B ? index[b + 2] : -1;
+      const index_t source = source_of(index, N, begin, b), ahead = source_of(index, N, begin, b + 2);
       if (is_image(ahead, M))  // rows lie anywhere in the data set: fetch the one after the next
         for (int d = 0; d < D; d += 64) __builtin_prefetch(images + ahead * D + d);
       float* const row = x + b * D;
@@ -154,4 +157,15 @@ EXPORT void gather(const unsigned char* images, const int* labels, const int* in
     }
     stream_fence();
   });
+}
+
+EXPORT void shuffle(const int* index, int* out, index_t N, unsigned seed_low, unsigned seed_high, unsigned epoch) {
+  const Bijection p = bijection(N, seed_low, seed_high, epoch);
+  over_elements(N, 8.0, [=](Range range) { shuffle_range(p, index, out, N, range.begin, range.end); });
+}
+
+EXPORT void advance(index_t* offset, index_t by, float* step) { advance_step(offset, by, step); }
+
+EXPORT void to_bfloat16(const float* x, unsigned short* y, index_t n) {
+  over_elements(n, 0.2, [=](Range range) { to_bfloat16_range(range, x, y); });
 }

@@ -33,7 +33,7 @@ template <class... A, void (*f)(A...)> struct Entry<f> {
 }  // namespace
 
 namespace simt {
-#define SIMT_ENTRY(name) {#name, Entry<name>::call, Entry<name>::parameters, Entry<name>::count},
+#define SIMT_ENTRY(name) {#name, Entry<::name>::call, Entry<::name>::parameters, Entry<::name>::count},
 const Kernel kernels[] = {
 #include SIMT_TABLE
 };

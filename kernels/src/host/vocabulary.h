@@ -19,6 +19,12 @@ template <class... P> DEVICE bool aligned16(const P*...) { return true; }
 
 DEVICE float infinity() { return HUGE_VALF; }
 DEVICE float not_a_number() { return NAN; }
+DEVICE void add_one(unsigned long long* count) { __atomic_fetch_add(count, 1ull, __ATOMIC_RELAXED); }
+DEVICE unsigned float_bits(float x) {
+  unsigned bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
 
 // exp(x) to about 1 ulp, denormal results included: 2^n * p(r) with |r| <= ln(2)/2 (Cephes expf;
 // Moshier, "Methods and Programs for Mathematical Functions", 1989). 2^n is applied in two halves, so
@@ -109,6 +115,14 @@ struct Group {
     int found = 0;
     for (int j = 0; j < C; ++j) found |= f(0, j);
     return found;
+  }
+  template <int, class F> DEVICE static int first(int C, F f) {  // the first column of which f is true, or C
+    int x = C;
+    for (int j = 0; j < C; ++j) {
+      const int here = f(0, j) ? j : C;
+      x = here < x ? here : x;
+    }
+    return x;
   }
 };
 
