@@ -22,6 +22,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fused", action="store_true", help="use the fused kernels instead of plain array code")
     add("--device", help="auto (default: the GPU where there is one), cpu or cuda")
     add("--data", help="auto (default: EMNIST, else glyphs), emnist, glyphs[:N], or a folder of IDX or .npy files")
+    add("--precision", help="of the factors of matrix products: fp32 (default), or on a GPU tf32 or bf16")
+    add("--gemm", help="matrix products on a GPU: auto (default), cublaslt, cupy or own")
+    add("--memory-limit", type=configs.parse_bytes, help="device memory to use at most, such as 4GB")
+    add("--tune", action="store_true", help="time the forms of every layer on this GPU, and remember the fastest")
+    add("--explain", action="store_true", help="print what a step does and how, and leave")
     add("--nvtx", action="store_true", help="mark the phases for Nsight Systems")
     add("--out", type=Path, help="folder for the results (default: a new one under runs/)")
     change = parser.add_argument_group("what to change in the preset").add_argument
@@ -49,11 +54,11 @@ def main(argv=None) -> int:
             for name, config in configs.PRESETS.items():
                 print(f"{name:5} {configs.describe(config)}")
             return 0
-        out, model, nvtx = args.pop("out"), args.pop("model"), args.pop("nvtx")
+        model, settings = args.pop("model"), {name: args.pop(name) for name in ("out", "nvtx", "tune", "explain")}
         config = configs.from_flags(model, **{name: value for name, value in args.items() if value is not None})
         from mlp import run  # NumPy and the rest: only when there is something to compute
 
-        return run.train(config, out, nvtx=nvtx)
+        return run.train(config, **settings)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -134,6 +134,11 @@ def _prediction(xp, logits):
 
 def adam_step(p, g, m, v, *, step, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=False):
     xp = array_module(p)
+    if hasattr(step, "astype"):  # on the device; 1 - beta^step would cancel in float32
+        step = step.astype(np.float64)
+    rate, root = lr / (1.0 - beta1**step), (1.0 - beta2**step) ** 0.5
+    if hasattr(step, "astype"):
+        rate, root = rate.astype(p.dtype), root.astype(p.dtype)
     if decoupled:
         p *= 1.0 - lr * weight_decay
     elif weight_decay:
@@ -143,9 +148,9 @@ def adam_step(p, g, m, v, *, step, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_
     v *= beta2
     v += (1.0 - beta2) * (g * g)
     denominator = xp.sqrt(v)
-    denominator /= (1.0 - beta2**step) ** 0.5
+    denominator /= root
     denominator += eps
-    p -= (lr / (1.0 - beta1**step)) * (m / denominator)
+    p -= rate * (m / denominator)
 
 
 def sgd_step(p, g, velocity=None, *, lr, momentum=0.0, weight_decay=0.0):

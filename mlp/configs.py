@@ -10,6 +10,8 @@ ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu", "gelu_tanh")
 OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("constant", "linear", "exponential")
 DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("fp32", "tf32", "bf16")
+PRODUCTS = ("auto", "cupy", "cublaslt", "own")
 FULL = "full"  # the batch size that means the whole training set
 
 
@@ -38,12 +40,19 @@ class Config:
     data: str = "auto"
     device: str = "auto"
     fused: bool = False
+    precision: str = "fp32"  # of the factors of matrix products; sums and parameters are float32 always
+    gemm: str = "auto"  # whose matrix products on a GPU; auto: cuBLASLt's where nvmath is installed, else CuPy's
+    memory_limit: int | None = None  # bytes of device memory
 
     def __post_init__(self):
         _one_of("--activation", self.activation, ACTIVATIONS)
         _one_of("--optimizer", self.optimizer, OPTIMIZERS)
         _one_of("--schedule", self.schedule, SCHEDULES)
         _one_of("--device", self.device, DEVICES)
+        _one_of("--precision", self.precision, PRECISIONS)
+        _one_of("--gemm", self.gemm, PRODUCTS)
+        if self.memory_limit is not None:
+            _whole("--memory-limit", self.memory_limit, 1, 2**63 - 1)
         for width in self.hidden:
             _whole("--hidden", width, 1, 65536)
         if self.batch_size != FULL:
@@ -141,6 +150,27 @@ def parse_batch_size(text: str) -> int | str:
         raise InputError(f"--batch-size {text} is not possible; give a whole number or 'full'") from None
 
 
+_UNITS = {"": 1} | {f"{k}{b}": 1000**n for n, k in enumerate("KMGT", 1) for b in ("", "B")}
+_UNITS |= {f"{k}IB": 1024**n for n, k in enumerate("KMGT", 1)}
+
+
+def parse_bytes(text: str) -> int:
+    """'4GB' -> 4000000000; '512MiB' -> 536870912; '1000' -> 1000."""
+    number = text.rstrip("KMGTIBkmgtib")
+    try:
+        return int(float(number) * _UNITS[text[len(number) :].upper()])
+    except (ValueError, KeyError, OverflowError):
+        raise InputError(f"--memory-limit {text} is no amount of memory; give bytes such as 4GB or 512MiB") from None
+
+
+def format_bytes(count: int) -> str:
+    """1234567 -> '1.24 MB': rounded up, so that it is enough."""
+    for power, unit in ((3, "GB"), (2, "MB"), (1, "KB")):
+        if count >= 1000**power:
+            return f"{math.ceil(count / 1000**power * 100) / 100:g} {unit}"
+    return f"{count} B"
+
+
 def describe(config: Config) -> str:
     """One line: layers, optimizer, schedule and stopping rule."""
     parts = [
@@ -158,4 +188,6 @@ def describe(config: Config) -> str:
     parts.append(f"batch {config.batch_size}, at most {config.epochs} epochs")
     if config.patience:
         parts.append(f"patience {config.patience}")
+    if config.precision != "fp32":
+        parts.append(f"{config.precision} products")
     return ", ".join(parts)

@@ -25,6 +25,15 @@ class Device:
         if self.kind == "cuda":
             self.xp.cuda.Device().synchronize()
 
+    @property
+    def fused(self) -> bool:
+        """Whether the ops are the compiled kernels."""
+        return self.ops is kernels
+
+    def free_bytes(self) -> int | None:
+        """The memory that is free on the GPU now; None on a CPU."""
+        return self.xp.cuda.runtime.memGetInfo()[0] if self.kind == "cuda" else None
+
     def numpy(self, array) -> np.ndarray:
         """A host copy of a device array; on a CPU the array itself."""
         return array.get() if self.kind == "cuda" else array

@@ -1,7 +1,7 @@
 """The training loop: epochs, batches, early stopping. It knows a model only by the methods it calls.
 
-A learner has batch_size, begin_epoch(order), train_step(start, stop, lr), totals(), evaluate(index),
-snapshot() and restore(snapshot); see scratch.ScratchLearner and torch_models.TorchLearner.
+A learner has batch_size, steps_per_launch, begin_epoch(index, epoch), train(start, stop, lr), synchronize(),
+evaluate(index), totals(), snapshot() and restore(snapshot); see scratch.ScratchLearner and torch_models.TorchLearner.
 """
 
 import math
@@ -11,13 +11,11 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from .configs import Config
 from .data import Split
 from .optim import learning_rate
 
-STEPS_PER_READING = 100  # reading the running loss waits for the GPU
+SECONDS_PER_READING = 0.2
 
 
 @dataclass(frozen=True)
@@ -66,6 +64,8 @@ class Interrupt:
 class Reporter:
     """Hears of the progress; this one says nothing."""
 
+    wants_readings = False  # each waits for the GPU and copies the running loss
+
     def begin_epoch(self, epoch: int, epochs: int, images: int) -> None: ...
     def advance(self, images: int) -> None: ...
     def reading(self, loss: float, accuracy: float) -> None: ...
@@ -109,21 +109,23 @@ def fit(learner, split: Split, config: Config, reporter: Reporter | None = None,
 
 def _epoch(learner, split, config, epoch, reporter, interrupt) -> EpochRow | None:
     """Train and validate one epoch; None when it was interrupted."""
-    order = np.random.default_rng((config.seed, epoch)).permutation(split.train)
-    lr, batch, n = learning_rate(config, epoch - 1), learner.batch_size, len(order)
+    lr, n = learning_rate(config, epoch - 1), len(split.train)
+    stride = learner.batch_size * learner.steps_per_launch
     reporter.begin_epoch(epoch, config.epochs, n)
-    started = time.perf_counter()
-    learner.begin_epoch(order)
-    for step, start in enumerate(range(0, n, batch), 1):
+    started = read = time.perf_counter()
+    learner.begin_epoch(split.train, epoch)
+    for start in range(0, n, stride):
         if interrupt.requested:
             return None
-        stop = min(start + batch, n)
-        learner.train_step(start, stop, lr)
+        stop = min(start + stride, n)
+        learner.train(start, stop, lr)
         reporter.advance(stop - start)
-        if step % STEPS_PER_READING == 0:
+        if reporter.wants_readings and time.perf_counter() - read > SECONDS_PER_READING:
             loss, correct = learner.totals()
             reporter.reading(loss / stop, correct / stop)
-    loss, correct = learner.totals()
+            read = time.perf_counter()
+    learner.synchronize()
     seconds = time.perf_counter() - started
     val = learner.evaluate(split.val)
+    loss, correct = learner.totals()  # of the training; they came with the copy that evaluate() has made
     return EpochRow(epoch, lr, loss / n, correct / n, val.cross_entropy, val.accuracy, seconds, n / seconds)

@@ -1,16 +1,20 @@
-"""The network: parameters and gradients in one arena each, forward and backward."""
+"""The network: parameters and gradients in one arena each, forward and backward, each layer in its form (forms.py)."""
 
 from itertools import pairwise
 
 import numpy as np
 
+from .forms import EPILOGUE, OWN, SEPARATE, default
+from .products import Products
+from .step_graph import Recorded, Recorder
+
 ALIGNMENT = 16  # bytes: every parameter starts on a boundary that a 16-byte access needs
 
 
-def arena(shapes, xp, dtype):
-    """One flat array of zeros and a view into it per shape, each starting on ALIGNMENT bytes."""
-    itemsize = np.dtype(dtype).itemsize
-    step = ALIGNMENT // itemsize
+def arena(shapes, xp, dtype, step=None):
+    """One flat array of zeros and a view into it per shape, each starting on ALIGNMENT bytes, or on a multiple of
+    `step` elements."""
+    step = step or ALIGNMENT // np.dtype(dtype).itemsize
     sizes = [-(-int(np.prod(shape)) // step) * step for shape in shapes]
     flat = _aligned_zeros(sum(sizes), xp, dtype)
     starts = np.cumsum([0, *sizes])
@@ -36,34 +40,60 @@ def initial_weights(sizes, seed, dtype=np.float32):
 
 
 class MLP:
-    """Linear layers with an activation between them, on `xp` arrays, computed by `ops`.
+    """Linear layers with an activation between them, on `xp` arrays, computed by `ops` and `products`.
 
     sizes: widths from the input to the classes. rows: the largest batch. seed: of the initial weights (in, out).
-    parameters, gradients: flat arenas; weights, biases and weight_grads, bias_grads are views into them.
+    plan: how the layers are computed. Whatever is computed goes through `recorder` and into buffers, so that it can be
+    recorded; what a method returns is such a buffer, valid until the next batch.
+    parameters, gradients: flat arenas; weights, biases and weight_grads, bias_grads are views into them. The plan may
+    pad the last layer's columns: there they are 0 and stay 0.
     """
 
-    def __init__(self, sizes, activation, *, rows, xp=np, ops, seed=0, dtype=np.float32):
-        self.sizes, self.activation, self.xp, self.ops = tuple(sizes), activation, xp, ops
-        shapes = [shape for n_in, n_out in pairwise(sizes) for shape in ((n_in, n_out), (n_out,))]
+    def __init__(self, sizes, activation, *, rows, xp=np, ops, products=None, plan=None, recorder=None, seed=0,
+                 dtype=np.float32):  # fmt: skip
+        self.sizes, self.activation, self.xp = tuple(sizes), activation, xp
+        layers = len(sizes) - 1
+        self.plan = plan or default(layers)
+        self.products = products or Products.arrays(xp)
+        self.recorder = recorder or Recorder()
+        self.ops = Recorded(ops, self.recorder)
+        self._library, self._own = (Recorded(p, self.recorder) for p in (self.products.library, self.products.own))
+        widths = (*sizes[:-1], self.plan.columns(sizes[-1]))
+        shapes = [shape for n_in, n_out in pairwise(widths) for shape in ((n_in, n_out), (n_out,))]
         self.parameters, views = arena(shapes, xp, dtype)
         self.weights, self.biases = views[::2], views[1::2]
         self.gradients, views = arena(shapes, xp, dtype)
         self.weight_grads, self.bias_grads = views[::2], views[1::2]
         for weight, initial in zip(self.weights, initial_weights(sizes, seed, dtype)):
-            weight[...] = xp.asarray(initial)
-        self._activations = [activation] * (len(self.weights) - 1) + ["identity"]
-        self._z = [xp.empty((rows, n), dtype) for n in sizes[1:]]
+            weight[:, : initial.shape[1]] = xp.asarray(initial)
+        self._activations = [activation] * (layers - 1) + ["identity"]
+        self._z = [xp.empty((rows, n), dtype) for n in widths[1:]]
         # For these the output tells the sign of the pre-activation, so it may overwrite it.
         in_place = ("relu", "leaky_relu", "identity")
         self._y = [z if act in in_place else xp.empty_like(z) for act, z in zip(self._activations, self._z)]
-        self._dy = [xp.empty((rows, n), dtype) for n in sizes[1:-1]]
+        self._dy = [xp.empty((rows, n), dtype) for n in widths[1:-1]]
+        # What library products read: in bfloat16 copies of the arrays, made when they are first needed.
+        self._factors = self.weights
+        if self.products.rounds:
+            self._rounded, views = arena(shapes, xp, np.uint16, ALIGNMENT // np.dtype(dtype).itemsize)
+            self._factors = views[::2]
+        self._inputs, self._masks = {}, {}  # of the batch by layer: the input that the library reads; relu's bit mask
 
     @property
     def parameter_count(self) -> int:
-        return sum(w.size + b.size for w, b in zip(self.weights, self.biases))
+        return sum(n_in * n_out + n_out for n_in, n_out in pairwise(self.sizes))
+
+    def named_parameters(self):
+        """("weight0", view (in, out)), ("bias0", view (out,)), ("weight1", ...), without the padding."""
+        for layer, (n_out, weight, bias) in enumerate(zip(self.sizes[1:], self.weights, self.biases)):
+            yield f"weight{layer}", weight[:, :n_out]
+            yield f"bias{layer}", bias[:n_out]
 
     def forward(self, x):
-        """x (B, sizes[0]) -> logits (B, sizes[-1]), valid until the next call."""
+        """x (B, sizes[0]) -> logits (B, sizes[-1] or padded)."""
+        if self.products.rounds:
+            with self.recorder.phase("forward/round"):
+                self.ops.to_bfloat16(self.parameters, out=self._rounded)
         for layer in range(len(self.weights)):
             x = self.forward_layer(layer, x)
         return x
@@ -71,8 +101,19 @@ class MLP:
     def forward_layer(self, layer, x):
         """x (B, sizes[layer]) -> the layer's output (B, sizes[layer + 1])."""
         z, y = self._z[layer][: len(x)], self._y[layer][: len(x)]
-        self.xp.matmul(x, self.weights[layer], out=z)
-        return self.ops.bias_act(z, self.biases[layer], self._activations[layer], out=y)
+        bias, activation, form = self.biases[layer], self._activations[layer], self.plan.forms[layer].forward
+        self._inputs.pop(layer, None)
+        with self.recorder.phase(f"forward/layer{layer}"):
+            if form == OWN:
+                kept = None if self._in_place(layer) else z
+                self._own.forward(x, self.weights[layer], y, bias=bias, activation=activation, z=kept)
+            elif form == EPILOGUE:
+                factor = self._input(layer, x)
+                self._library.forward_act(factor, self._factors[layer], bias, activation, y, self.mask(layer, len(x)))
+            else:
+                self._library.forward(self._input(layer, x), self._factors[layer], z)
+                self.ops.bias_act(z, bias, activation, out=y)
+        return y
 
     def backward(self, x, dlogits):
         """Write the gradients for the batch x of the last forward(); dlogits (B, classes) is left unchanged."""
@@ -82,11 +123,77 @@ class MLP:
 
     def backward_layer(self, layer, x, dy):
         """Write the layer's gradients for its input x (B, sizes[layer]) and the gradient dy of its output, which is
-        overwritten; return the gradient of x, or None for the first layer, where nobody needs it."""
-        z = self._z[layer]
-        dz, _ = self.ops.bias_act_backward(
-            dy, z[: len(x)], self._activations[layer], out=dy, bias_grad=self.bias_grads[layer],
-            bias=None if self._y[layer] is z else self.biases[layer],
-        )  # fmt: skip
-        self.xp.matmul(x.T, dz, out=self.weight_grads[layer])
-        return self.xp.matmul(dz, self.weights[layer].T, out=self._dy[layer - 1][: len(x)]) if layer else None
+        overwritten; return the gradient of x, or None for the first layer, where nobody needs it. Where the form of the
+        next layer says so, dy is the gradient of the pre-activation already, and the bias gradient is written."""
+        forms, last = self.plan.forms, layer == len(self.weights) - 1
+        with self.recorder.phase(f"backward/layer{layer}"):
+            if forms[layer].weight != EPILOGUE if last else forms[layer + 1].input == SEPARATE:
+                self.activation_gradient(layer, dy)
+            own = forms[layer].weight == OWN and (not layer or forms[layer].input == OWN)
+            factor = None if own else self._factor(dy)
+            with self.recorder.beside():
+                self.weight_gradient(layer, x, dy, factor)
+            return self.input_gradient(layer, dy, factor) if layer else None
+
+    def activation_gradient(self, layer, dy):
+        """Turn dy into the gradient of the layer's pre-activation, and write the bias gradient."""
+        saved, bias = self._saved(layer, len(dy))
+        self.ops.bias_act_backward(
+            dy, saved, self._activations[layer], out=dy, bias_grad=self.bias_grads[layer], bias=bias
+        )
+
+    def weight_gradient(self, layer, x, dz, factor):
+        """Write the gradient of the layer's weight. factor: what the library reads in the place of dz."""
+        form, out = self.plan.forms[layer].weight, self.weight_grads[layer]
+        if form == OWN:
+            self._own.weight_gradient(x, dz, out)
+        elif form == EPILOGUE:
+            self._library.weight_gradient_bias(self._input(layer, x), factor, out, self.bias_grads[layer])
+        else:
+            self._library.weight_gradient(self._input(layer, x), factor, out)
+
+    def input_gradient(self, layer, dz, factor):
+        """The gradient of the layer's input; unless the form is separate, that of the pre-activation that the input
+        was made of, and the bias gradient of the layer before is written."""
+        form, before, out = self.plan.forms[layer].input, layer - 1, self._dy[layer - 1][: len(dz)]
+        if form == OWN:
+            saved, bias = self._saved(before, len(dz))
+            self._own.input_gradient(
+                dz, self.weights[layer], out, saved=saved, activation=self._activations[before], bias=bias,
+                bias_grad=self.bias_grads[before],
+            )  # fmt: skip
+        elif form == EPILOGUE:
+            mask, bias_grad = self._masks[before], self.bias_grads[before]
+            self._library.input_gradient_relu(factor, self._factors[layer], mask, out, bias_grad)
+        else:
+            self._library.input_gradient(factor, self._factors[layer], out)
+        return out
+
+    def _in_place(self, layer) -> bool:
+        return self._y[layer] is self._z[layer]
+
+    def _saved(self, layer, rows):
+        """What tells the derivative of the layer's activation, and the bias that is missing from it or None."""
+        return self._z[layer][:rows], None if self._in_place(layer) else self.biases[layer]
+
+    def _factor(self, array):
+        """What the library reads of a float32 array: the array, or its copy in bfloat16."""
+        if not self.products.rounds:
+            return array
+        copy = self.xp.empty(array.shape, np.uint16)
+        self.ops.to_bfloat16(array, out=copy)
+        return copy
+
+    def _input(self, layer, x):
+        """_factor() of the layer's input, once per batch."""
+        if layer not in self._inputs:
+            self._inputs[layer] = self._factor(x)
+        return self._inputs[layer]
+
+    def mask(self, layer, rows):
+        """Where the forward epilogue of relu leaves its bit mask for the backward one, or None where nobody reads it."""
+        if layer + 1 == len(self.weights) or self.plan.forms[layer + 1].input != EPILOGUE:
+            return None
+        shape = self.products.library.mask_shape(rows, len(self.biases[layer]))
+        self._masks[layer] = self.xp.empty(shape, np.uint8)
+        return self._masks[layer]

@@ -1,4 +1,11 @@
-"""Learning-rate schedules and the optimizers, each one op on the flat arena of the whole model."""
+"""Learning-rate schedules and the optimizers, each one op on the flat arena of the whole model.
+
+`steps` is the number of the step, counted from 1, in a float32 array of one element, or None where it does not matter:
+the caller advances it before step(). `lr` is such an array, too, or a number. `state` are the arrays that one step
+leaves for the next.
+"""
+
+import numpy as np
 
 from .configs import Config
 
@@ -15,11 +22,14 @@ def learning_rate(config: Config, epoch: int) -> float:
 class SGD:
     """Stochastic gradient descent with momentum and L2, as torch.optim.SGD."""
 
+    steps = None
+
     def __init__(self, config: Config, parameters, xp, ops):
         self.config, self.ops = config, ops
         self.velocity = xp.zeros_like(parameters) if config.momentum else None
+        self.state = [self.velocity] if config.momentum else []
 
-    def step(self, parameters, gradients, lr: float) -> None:
+    def step(self, parameters, gradients, lr) -> None:
         self.ops.sgd_step(
             parameters, gradients, self.velocity, lr=lr, momentum=self.config.momentum, weight_decay=self.config.l2
         )
@@ -31,10 +41,10 @@ class Adam:
     def __init__(self, config: Config, parameters, xp, ops):
         self.config, self.ops = config, ops
         self.m, self.v = xp.zeros_like(parameters), xp.zeros_like(parameters)
-        self.steps = 0
+        self.steps = xp.zeros(1, np.float32)
+        self.state = [self.m, self.v, self.steps]
 
-    def step(self, parameters, gradients, lr: float) -> None:
-        self.steps += 1
+    def step(self, parameters, gradients, lr) -> None:
         c = self.config
         self.ops.adam_step(
             parameters, gradients, self.m, self.v, step=self.steps, lr=lr, beta1=c.beta1, beta2=c.beta2, eps=c.eps,

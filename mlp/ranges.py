@@ -3,8 +3,9 @@
 They are attached to a learner from outside: without them the same code runs as if this file did not exist.
 
     epoch                      by loop.fit
-      step                     train_step(): once per chunk of the batch gather, forward, loss, backward
+      step                     once per chunk of the batch gather, forward, loss, backward
         gather
+        forward/round          the parameters, rounded for bfloat16 products
         forward/layer0, forward/layer1, ...
         loss
         backward/layer<last>, ..., backward/layer0
@@ -52,7 +53,8 @@ def nvtx_annotate():
 def attach(learner, annotate) -> None:
     """Run every phase of `learner`, from now on, inside `with annotate(name):`. To be called once.
 
-    learner   a ScratchLearner or a TorchLearner; its methods are replaced by attributes of the instance.
+    learner   a ScratchLearner, which then launches its steps op by op, for a graph's launch has no phases; or a
+              TorchLearner, whose methods are replaced by attributes of the instance.
     annotate  name -> context manager, called at every entry: nvtx_annotate(), or one that measures.
 
     The backward pass of torch is the business of autograd, which runs it on the caller's thread on a CPU and on a
@@ -62,11 +64,11 @@ def attach(learner, annotate) -> None:
     compiled model is one graph, in which there are no layers: its forward pass is in "loss", and its backward pass in
     no range but "step".
     """
-    if hasattr(learner.model, "forward_layer"):
-        _wrap(learner.model, "forward_layer", annotate, "forward/layer{}")
-        _wrap(learner.model, "backward_layer", annotate, "backward/layer{}")
-        _wrap(learner, "loss", annotate, "loss")
-    elif learner.compiled:
+    if hasattr(learner, "replay"):
+        learner.annotate = learner.replay.annotate = annotate
+        learner.steps_per_launch = 1
+        return
+    if learner.compiled:
         _wrap(learner, "forward_loss", annotate, "loss")
     else:
         _attach_to_autograd(learner, annotate)

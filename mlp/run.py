@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from . import InputError, checkpoint, data, plots, ranges
+from . import InputError, checkpoint, data, plots, products, ranges, tuning
 from .configs import Config, describe
 from .device import Device, select
 from .evaluate import NOISE_SIGMA, Evaluation
+from .explain import explain as explain_step
 from .loop import EpochRow, History, Reporter, fit
 from .scratch import ScratchLearner
 
@@ -29,6 +30,7 @@ class ConsoleReporter(Reporter):
         self._bar = tqdm(
             total=images, desc=f"epoch {epoch}/{epochs}", unit=" images", unit_scale=True, leave=False, disable=None
         )
+        self.wants_readings = not self._bar.disable
 
     def advance(self, images):
         self._bar.update(images)
@@ -46,10 +48,13 @@ class ConsoleReporter(Reporter):
         )
 
 
-def train(config: Config, out: Path | None = None, *, nvtx: bool = False) -> int:
+def train(
+    config: Config, out: Path | None = None, *, nvtx: bool = False, tune: bool = False, explain: bool = False
+) -> int:
     """Train `config`, judge it and write the run's folder (`out`, or a new one under runs/).
 
-    nvtx: mark the phases for Nsight Systems.
+    nvtx: mark the phases for Nsight Systems. tune: time the forms of the layers first, see tuning.py. explain: print
+    what a step does instead of training.
 
     Prints as it goes. Returns the exit status: 0, 130 after Ctrl-C, 1 where the loss became NaN or infinite;
     in each case the folder holds the results of the best epoch. InputError for whatever the user can mend.
@@ -60,13 +65,17 @@ def train(config: Config, out: Path | None = None, *, nvtx: bool = False) -> int
     device = select(config.device, config.fused)
     dataset = data.load(config.data)
     split = data.stratified_split(dataset.labels)
-    learner = ScratchLearner(config, dataset, device, len(split.train))
+    learner, entry = make_learner(config, dataset, device, len(split.train), tune)
+    if explain:
+        learner.begin_epoch(split.train)
+        print(explain_step(learner, entry))
+        return 0
     if nvtx:
         ranges.attach(learner, annotate)
     folder = _make_folder(out, config, dataset.name)  # last: whatever is refused leaves no folder behind
-    if dataset.notice:
-        print(f"\n*** {dataset.notice} ***\n")
-    _write_json(folder / "config.json", _provenance(config, dataset, device))
+    for notice in filter(None, (dataset.notice, learner.products.notice)):
+        print(f"\n*** {notice} ***\n")
+    _write_json(folder / "config.json", _provenance(learner, dataset))
     kernels = "fused kernels" if config.fused else "plain array code"
     print(
         f"{config.model} ({kernels}) on {dataset.name}: {len(split.train):,} / {len(split.val):,} / "
@@ -76,6 +85,16 @@ def train(config: Config, out: Path | None = None, *, nvtx: bool = False) -> int
     with np.errstate(over="ignore", invalid="ignore"):  # a loss that diverges is reported once, as such
         history = fit(learner, split, config, ConsoleReporter(), lambda h: _write_history(folder, h.rows), annotate)
     return _finish(config, dataset, device, split, learner, history, folder, began)
+
+
+def make_learner(config: Config, dataset: data.Dataset, device: Device, train_rows: int, tune: bool = False):
+    """The learner for `config`, its layers in the forms that are the fastest as far as it is known, and what
+    tuning.plan() knows of them."""
+    chosen = products.select(config, device)
+    sizes = (dataset.images.shape[1], *config.hidden, len(dataset.class_names))
+    batch = ScratchLearner.batch_of(config, train_rows)
+    plan, entry = tuning.plan(config, device, chosen, sizes, min(batch, device.chunk_rows), tune)
+    return ScratchLearner(config, dataset, device, train_rows, chosen, plan), entry
 
 
 def _finish(config, dataset, device, split, learner, history: History, folder: Path, began: float) -> int:
@@ -152,9 +171,11 @@ def _make_folder(out: Path | None, config: Config, data_name: str) -> Path:
     return out
 
 
-def _provenance(config: Config, dataset: data.Dataset, device: Device) -> dict:
+def _provenance(learner: ScratchLearner, dataset: data.Dataset) -> dict:
     """The configuration, and what else decides the result."""
-    return asdict(config) | {
+    device = learner.device
+    return asdict(learner.config) | {
+        "plan": asdict(learner.model.plan),
         "data_name": dataset.name,
         "data_sha256": dataset.checksum,
         "class_names": dataset.class_names,

@@ -1,94 +1,261 @@
 """The from-scratch model as the training loop sees it: data on the device, training steps, evaluation."""
 
+from contextlib import nullcontext
+from functools import partial
+
 import numpy as np
 
-from . import InputError
+from . import InputError, forms, memory
 from .configs import FULL, Config
 from .data import Dataset
 from .device import Device
 from .evaluate import Evaluation
 from .model import MLP
 from .optim import optimizer
+from .products import select
+from .sources import Epoch, Resident, Streamed
+from .step_graph import Graphs, Program, Recorded, Recorder, Replayer
+
+STEPS_PER_LAUNCH = 16  # of a captured step: see profile/bench_step.py --parts launches
 
 
 class ScratchLearner:
     """An MLP, its optimizer and its data set on one device.
 
-    Images stay uint8 and become float32 batch by batch. A batch larger than device.chunk_rows is computed in
-    chunks whose gradients add up to those of the whole: memory stays bounded however large the batch is.
-    Nothing here waits for the GPU but totals() and evaluate().
+    Images stay uint8 and become float32 batch by batch. A batch larger than the buffers is computed in chunks whose
+    gradients add up to those of the whole: memory stays bounded however large the batch is. On a GPU with fused ops a
+    step is a CUDA graph, and a launch makes `steps_per_launch` of them; the order of the images, the place in it, the
+    number of the step, the learning rate and the results stay there. Nothing here waits for the GPU but totals(),
+    evaluate(), synchronize() and, where the data set does not fit into its memory, the next part of it.
     """
 
-    def __init__(self, config: Config, data: Dataset, device: Device, train_rows: int):
+    def __init__(self, config: Config, data: Dataset, device: Device, train_rows: int, products=None, plan=None):
+        """products, plan: which matrix products, and in which forms; default: products.select()'s, not tuned."""
         self.config, self.device, self.classes = config, device, len(data.class_names)
-        xp, ops = device.xp, device.ops
-        self.batch_size = train_rows if config.batch_size == FULL else min(config.batch_size, train_rows)
-        rows = device.chunk_rows
+        self.batch_size = self.batch_of(config, train_rows)
+        self.sizes = (data.images.shape[1], *config.hidden, self.classes)
+        self.products = products or select(config, device)
+        workspace = self.products.workspace_bytes
+        self.budget = memory.fit(config, device, self.sizes, len(data.labels), self.batch_size, workspace)
         try:
-            self.images, self.labels = xp.asarray(data.images), xp.asarray(data.labels)
-            sizes = (data.images.shape[1], *config.hidden, self.classes)
-            self.model = MLP(sizes, config.activation, rows=rows, xp=xp, ops=ops, seed=config.seed)
-            self.optimizer = optimizer(config, self.model.parameters, xp, ops)
-            self._x, self._y = xp.empty((rows, sizes[0]), np.float32), xp.empty(rows, np.int32)
-            self._dlogits = xp.empty((rows, self.classes), np.float32)
-            self._totals = xp.zeros(2, np.float64)
-            self._sum = xp.empty_like(self.model.gradients) if self.batch_size > rows else None
+            self._allocate(data, plan or forms.default(len(self.sizes) - 1, own=self.products.library is None))
         except MemoryError as error:  # CuPy's OutOfMemoryError is one too
             raise InputError(f"the data and the model do not fit into the memory of {device.name}: {error}") from None
-        self._order = None
 
-    def begin_epoch(self, order: np.ndarray) -> None:
-        """Take the epoch's image indices (int32) in the order of the batches, and forget the last epoch's totals."""
-        self._order = self.device.xp.asarray(order)
+    @staticmethod
+    def batch_of(config: Config, train_rows: int) -> int:
+        """Rows per step where train_rows are trained on."""
+        return train_rows if config.batch_size == FULL else min(config.batch_size, train_rows)
+
+    def _allocate(self, data, plan):
+        config, device, xp, rows = self.config, self.device, self.device.xp, self.budget.rows
+        self.recorder = Recorder()
+        self.ops, self._arrays = Recorded(device.ops, self.recorder), Recorded(xp, self.recorder)
+        self.model = MLP(
+            self.sizes, config.activation, rows=rows, xp=xp, ops=device.ops, products=self.products, plan=plan,
+            recorder=self.recorder, seed=config.seed,
+        )  # fmt: skip
+        self.optimizer = optimizer(config, self.model.parameters, xp, self.ops)
+        self._x, self._y = xp.empty((rows, self.sizes[0]), np.float32), xp.empty(rows, np.int32)
+        self._dlogits = xp.empty((rows, plan.columns(self.classes)), np.float32)
+        # Loss and hits of the training epoch, the same of an evaluation, its confusion matrix: one copy reads all.
+        self._results, self._read = xp.zeros(4 + self.classes**2, np.float64), None
+        self._totals, self._judged = self._results[:2], self._results[2:4]
+        self._confusion = self._results[4:].view(np.int64).reshape(self.classes, self.classes)
+        self._offset, self._lr = xp.zeros(1, np.int64), xp.zeros(1, np.float32)
+        self._at, self._rate = 0, 0.0  # what these two hold
+        self._sum = xp.empty_like(self.model.gradients) if self.batch_size > rows else None
+        self.captures = device.kind == "cuda" and device.fused and self.products.captures
+        self.steps_per_launch = STEPS_PER_LAUNCH if self.captures else 1
+        state = [self.model.parameters, self._results, self._offset, *self.optimizer.state]
+        state += [] if self._sum is None else [self._sum]
+        self.replay = Replayer(self.recorder, Graphs(xp, state) if self.captures else None)
+        stream = self.replay.graphs.stream if self.captures else None
+        window = self.budget.window
+        self.source = (
+            Streamed(data.images, data.labels, device, rows=window, stream=stream)
+            if window
+            else Resident(data.images, data.labels, device)
+        )
+        images = len(data.labels)
+        self._training, self._judging = Epoch(self.batch_size, rows, images), Epoch(rows, rows, images)
+        self.annotate = nullcontext  # see ranges.py
+
+    # ---- training
+
+    def begin_epoch(self, index, epoch: int | None = None) -> None:
+        """Take the images `index` (int32) for the batches to come, and forget the last epoch's totals. Their order is
+        that of `index`, or with the number of an epoch a random one, which follows from it and the seed alone."""
+        shuffle = None
+        if epoch is not None:
+            shuffle = partial(self.device.ops.shuffle, seed=self.config.seed, epoch=epoch)
+        if self.source.begin(self._training, index, shuffle):
+            self.replay.forget()
         self._totals[...] = 0
+        self._read = None
+
+    def train(self, start: int, stop: int, lr: float) -> None:
+        """An optimizer step on each batch of the epoch's images [start, stop)."""
+        self._set_rate(lr)
+        if self._sum is not None:
+            for begin in range(start, stop, self.batch_size):
+                self._accumulated_step(begin, min(begin + self.batch_size, stop))
+            return
+        for window, begin, end in self._windows(self._training, start, stop):
+            whole, rest = divmod(end - begin, self.batch_size)
+            launches, steps = divmod(whole, self.steps_per_launch)
+            for _ in range(launches):
+                self._step(self.batch_size, window, self.steps_per_launch)
+            for _ in range(steps):
+                self._step(self.batch_size, window)
+            if rest:
+                self._step(rest, window)
 
     def train_step(self, start: int, stop: int, lr: float) -> None:
-        """One optimizer step on the images order[start:stop]."""
-        model, rows = self.model, self.device.chunk_rows
-        gradients = model.gradients
-        for begin in range(start, stop, rows):
-            x, labels = self.gather(self._order[begin : min(begin + rows, stop)])
-            model.backward(x, self.loss(model.forward(x), labels, self._totals, 1.0 / (stop - start)))
-            if stop - start > rows:
-                gradients = self._sum
-                if begin == start:
-                    gradients[...] = model.gradients
-                else:
-                    gradients += model.gradients
-        self.optimizer.step(model.parameters, gradients, lr)
+        """One optimizer step on the epoch's images [start, stop)."""
+        self._set_rate(lr)
+        if stop - start > len(self._x):
+            self._accumulated_step(start, stop)
+        else:
+            for window, begin, end in self._windows(self._training, start, stop):
+                self._step(end - begin, window)
 
-    def gather(self, index, noise_sigma: float = 0.0):
-        """The images and labels at `index` (B,): float32 (B, 784) and int32 (B,), valid until the next call."""
-        x, labels = self._x[: len(index)], self._y[: len(index)]
-        self.device.ops.gather_batch(
-            self.images, self.labels, index, out_x=x, out_y=labels, noise_sigma=noise_sigma, seed=self.config.seed
-        )
+    def _set_rate(self, lr):
+        if lr != self._rate:
+            self._lr[...] = self._rate = lr
+
+    def _windows(self, epoch, start, stop):
+        """The windows that hold the epoch's rows [start, stop): (window, first row, end) in the epoch's numbering.
+        When one has been dealt with, the next may be fetched."""
+        self._read = None
+        while start < stop:
+            window = self.source.window(epoch, start)
+            end = min(stop, window.end)
+            if start - window.begin != self._at:
+                self._offset[...] = start - window.begin
+            yield window, start, end
+            self._at = end - window.begin
+            if end == window.end:
+                self.source.release(epoch, window)
+            start = end
+
+    def _step(self, rows, window, repeats=1):
+        with self.annotate("step"):
+            self.replay(("step", rows, window.key), partial(self._whole_step, rows, window), repeats)
+
+    def _accumulated_step(self, start, stop):
+        """One step on more rows than the buffers hold: the gradients of the chunks add up to those of the whole."""
+        scale = 1.0 / (stop - start)
+        with self.annotate("step"):
+            for window, begin, end in self._windows(self._training, start, stop):
+                for row in range(begin, end, len(self._x)):
+                    rows, first = min(len(self._x), end - row), row == start
+                    key = ("chunk", rows, window.key, scale, first)
+                    self.replay(key, partial(self._chunk, rows, window, scale, first))
+            self.replay(("update",), self._update_from_chunks)
+
+    def programs(self) -> dict[str, Program]:
+        """What is executed for a batch, after begin_epoch(): one program, or those of a first chunk and the update."""
+        rows = min(self.batch_size, len(self._x))
+        window = self.source.window(self._training, 0)
+        if self._sum is None:
+            return {f"step of {rows:,} images": Program.of(self.recorder, partial(self._whole_step, rows, window))}
+        chunk = partial(self._chunk, rows, window, 1.0 / self.batch_size, True)
+        return {
+            f"chunk of {rows:,} of {self.batch_size:,} images": Program.of(self.recorder, chunk),
+            "update after the last chunk": Program.of(self.recorder, self._update_from_chunks),
+        }
+
+    # ---- programs
+
+    def _whole_step(self, rows, window):
+        x, labels = self._gather(rows, window)
+        self._advance(rows, self.optimizer.steps)
+        self._gradients(x, labels, 1.0 / rows)
+        self.recorder.join()
+        with self.recorder.phase("optimizer"):
+            self.optimizer.step(self.model.parameters, self.model.gradients, self._lr)
+
+    def _chunk(self, rows, window, scale, first):
+        x, labels = self._gather(rows, window)
+        self._advance(rows)
+        self._gradients(x, labels, scale)
+        self.recorder.join()
+        if first:
+            self._arrays.copyto(self._sum, self.model.gradients)
+        else:
+            self._arrays.add(self._sum, self.model.gradients, out=self._sum)
+
+    def _update_from_chunks(self):
+        with self.recorder.phase("optimizer"):
+            self.ops.advance(self._offset, 0, self.optimizer.steps)
+            self.optimizer.step(self.model.parameters, self._sum, self._lr)
+
+    def _judge(self, rows, window, noise_sigma):
+        x, labels = self._gather(rows, window, noise_sigma)
+        self._advance(rows)
+        logits = self.model.forward(x)
+        with self.recorder.phase("loss"):
+            self.ops.softmax_cross_entropy(
+                logits, labels, out=self._dlogits[:rows], totals=self._judged, confusion=self._confusion,
+                classes=self.classes,
+            )  # fmt: skip
+
+    def _gather(self, rows, window, noise_sigma=0.0):
+        """The next `rows` images and labels of the window: float32 (rows, D) and int32 (rows,)."""
+        x, labels = self._x[:rows], self._y[:rows]
+        with self.recorder.phase("gather"):
+            self.ops.gather_batch(
+                window.images, window.labels, window.index, offset=self._offset, out_x=x, out_y=labels,
+                noise_sigma=noise_sigma, seed=self.config.seed,
+            )  # fmt: skip
         return x, labels
 
-    def loss(self, logits, labels, totals, scale: float | None = None):
-        """Add the batch's losses and hits to `totals`; return dlogits (B, classes), valid until the next call."""
-        dlogits = self._dlogits[: len(logits)]
-        self.device.ops.softmax_cross_entropy(logits, labels, scale=scale, out=dlogits, totals=totals)
-        return dlogits
+    def _advance(self, rows, steps=None):
+        """Beside what follows: the next batch begins `rows` further on, and the step has a new number."""
+        with self.recorder.phase("gather"), self.recorder.beside():
+            self.ops.advance(self._offset, rows, steps)
+
+    def _gradients(self, x, labels, scale):
+        logits = self.model.forward(x)
+        dlogits = self._dlogits[: len(x)]
+        with self.recorder.phase("loss"):
+            self.ops.softmax_cross_entropy(
+                logits, labels, scale, out=dlogits, totals=self._totals, classes=self.classes
+            )
+        self.model.backward(x, dlogits)
+
+    # ---- results
+
+    def synchronize(self) -> None:
+        """Wait until all that was asked for is done."""
+        self.device.synchronize()
 
     def totals(self) -> tuple[float, int]:
         """Sum of the row losses and number of correct rows since begin_epoch(). Waits for the GPU."""
-        loss, correct = self.device.numpy(self._totals)
+        loss, correct = self._results_on_host()[:2]
         return float(loss), int(correct)
 
     def evaluate(self, index: np.ndarray, noise_sigma: float = 0.0) -> Evaluation:
-        """Loss and confusion matrix on the images `index`, with Gaussian noise added to the [0, 1] pixels."""
-        xp, rows, classes = self.device.xp, self.device.chunk_rows, self.classes
-        index = xp.asarray(index)
-        totals = xp.zeros(2, np.float64)
-        confusion = xp.zeros(classes * classes, np.int64)
-        for begin in range(0, len(index), rows):
-            x, labels = self.gather(index[begin : begin + rows], noise_sigma)
-            logits = self.model.forward(x)
-            confusion += xp.bincount(labels * classes + logits.argmax(axis=1), minlength=classes * classes)
-            self.loss(logits, labels, totals)
-        loss = float(self.device.numpy(totals)[0])
-        return Evaluation(loss / len(index), self.device.numpy(confusion).reshape(classes, classes))
+        """Loss and confusion matrix on the images `index`, with Gaussian noise added to the [0, 1] pixels. What it
+        copies from the GPU holds the training epoch's totals as well."""
+        if self.source.begin(self._judging, index):
+            self.replay.forget()
+        self._results[2:] = 0
+        with self.annotate("validation"):
+            for window, begin, end in self._windows(self._judging, 0, len(index)):
+                for row in range(begin, end, len(self._x)):
+                    rows = min(len(self._x), end - row)
+                    key = ("evaluate", rows, window.key, noise_sigma)
+                    self.replay(key, partial(self._judge, rows, window, noise_sigma))
+        results = self._results_on_host()
+        confusion = results[4:].view(np.int64).reshape(self.classes, self.classes)
+        return Evaluation(float(results[2]) / len(index), confusion)
+
+    def _results_on_host(self):
+        if self._read is None:
+            self._read = np.array(self.device.numpy(self._results))
+        return self._read
 
     def snapshot(self):
         """A copy of the parameters on the device."""
@@ -100,9 +267,4 @@ class ScratchLearner:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The parameters on the host: weight0 (in, out), bias0 (out,), weight1, ..."""
-        to_host = self.device.numpy
-        return {
-            name: to_host(array)
-            for layer, (weight, bias) in enumerate(zip(self.model.weights, self.model.biases))
-            for name, array in ((f"weight{layer}", weight), (f"bias{layer}", bias))
-        }
+        return {name: np.ascontiguousarray(self.device.numpy(view)) for name, view in self.model.named_parameters()}

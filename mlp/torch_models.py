@@ -50,6 +50,7 @@ class TorchLearner:
     Nothing here waits for the GPU but totals() and evaluate(). InputError where there is no GPU for "cuda".
     """
 
+    steps_per_launch = 1
     chunk_rows = 16384  # a larger batch is computed in chunks of so many rows
 
     def __init__(self, config: Config, data: Dataset, kind: str, train_rows: int, *, compile: bool = False):
@@ -68,10 +69,19 @@ class TorchLearner:
         self._totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._order = None
 
-    def begin_epoch(self, order: np.ndarray) -> None:
-        """Take the epoch's image indices in the order of the batches, and forget the last epoch's totals."""
-        self._order = torch.from_numpy(order).to(self.device, torch.int64)
+    def begin_epoch(self, index: np.ndarray, epoch: int | None = None) -> None:
+        """Take the images `index` for the batches to come, in their order or in the random one that the from-scratch
+        model takes them in, and forget the last epoch's totals."""
+        order = torch.from_numpy(index).to(self.device)
+        if epoch is not None:
+            order = plain.shuffle(order, seed=self.config.seed, epoch=epoch)
+        self._order = order.to(torch.int64)
         self._totals.zero_()
+
+    def train(self, start: int, stop: int, lr: float) -> None:
+        """An optimizer step on each batch of the epoch's images [start, stop)."""
+        for begin in range(start, stop, self.batch_size):
+            self.train_step(begin, min(begin + self.batch_size, stop), lr)
 
     def train_step(self, start: int, stop: int, lr: float) -> None:
         """One optimizer step on the images order[start:stop]."""
@@ -102,6 +112,11 @@ class TorchLearner:
         totals[0] += loss.detach() * len(labels)
         totals[1] += (logits.argmax(dim=1) == labels).sum()
         return loss
+
+    def synchronize(self) -> None:
+        """Wait until all that was asked for is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def totals(self) -> tuple[float, int]:
         """Sum of the row losses and number of correct rows since begin_epoch(). Waits for the GPU."""

@@ -28,6 +28,7 @@ PUBLISHED = {
 DEFAULTS = dict(
     activation="relu", batch_size=512, schedule="constant", momentum=0.0, beta1=0.9, beta2=0.999, eps=1e-8,
     l2=0.0, decoupled=False, epochs=30, patience=None, seed=0, data="auto", device="auto", fused=False,
+    precision="fp32", gemm="auto", memory_limit=None,
 )  # fmt: skip
 PARAMETERS = {"m1": 444_847, "m1g": 444_847, "m1h": 445_157}
 
@@ -82,6 +83,9 @@ BAD = [
     ("--optimizer", "optimizer", "adamw"),
     ("--schedule", "schedule", "cosine"),
     ("--device", "device", "tpu"),
+    ("--precision", "precision", "fp16"),
+    ("--gemm", "gemm", "cutlass"),
+    ("--memory-limit", "memory_limit", 0),
     ("--hidden", "hidden", (400, 0)),
     ("--hidden", "hidden", (-1,)),
     ("--hidden", "hidden", (1.5,)),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kernels import host
-from mlp import configs
+from mlp import configs, loop
 from mlp.data import Split, stratified_split
 from mlp.evaluate import Evaluation
 from mlp.loop import EpochRow, Reporter, fit
@@ -24,26 +24,31 @@ SPLIT = Split(*np.split(np.arange(30, dtype=np.int32), [ROWS, 29]))
 class Scripted:
     """A learner whose validation losses are given; its weights are the number of steps it took."""
 
-    batch_size = 10
+    batch_size, steps_per_launch = 10, 1
 
     def __init__(self, val_losses, train_loss=0.5, on_step=lambda steps: None):
         self.val_losses, self.train_loss, self.on_step = iter(val_losses), train_loss, on_step
-        self.weights, self.seen, self.calls, self.orders = 0, 0, [], []
+        self.weights, self.seen, self.calls, self.epochs = 0, 0, [], []
 
-    def begin_epoch(self, order):
-        self.orders.append(order.copy())
+    def begin_epoch(self, index, epoch):
+        assert np.array_equal(index, SPLIT.train)
+        self.epochs.append(epoch)
         self.seen = 0
 
-    def train_step(self, start, stop, lr):
+    def train(self, start, stop, lr):
         self.calls.append((start, stop, lr))
         self.weights += 1
         self.seen += stop - start
         self.on_step(self.weights)
 
+    def synchronize(self):
+        self.waited = self.weights
+
     def totals(self):
         return self.train_loss * self.seen, self.seen - 5
 
     def evaluate(self, index):
+        assert self.waited == self.weights  # the time of the training was taken when it was over
         assert np.array_equal(index, SPLIT.val)
         return Evaluation(next(self.val_losses), np.array([[3, 1], [0, 0]]))
 
@@ -127,17 +132,29 @@ def test_history_and_reporter_hear_everything():
         assert (row.epoch, row.lr) == (number, 0.4 * 0.5 ** (number - 1))
         assert (row.train_loss, row.train_accuracy, row.val_accuracy) == (0.5, 20 / 25, 0.75)
         assert row.seconds > 0 and row.images_per_second == pytest.approx(ROWS / row.seconds)
-    assert all(np.array_equal(np.sort(order), SPLIT.train) for order in learner.orders)
-    assert not np.array_equal(*learner.orders) and not np.array_equal(learner.orders[0], SPLIT.train)
+    assert learner.epochs == [1, 2]
 
 
-def test_the_seed_decides_the_order_of_the_images():
-    orders = []
-    for seed in (0, 0, 1):
-        learner = Scripted([1])
-        fit(learner, SPLIT, scripted_config(epochs=1, seed=seed))
-        orders.append(learner.orders[0].tolist())
-    assert orders[0] == orders[1] != orders[2]
+def test_a_call_trains_as_many_steps_as_the_learner_launches_at_once():
+    learner = Scripted([1])
+    learner.steps_per_launch = 2
+    fit(learner, SPLIT, scripted_config(epochs=1))
+    assert [call[:2] for call in learner.calls] == [(0, 20), (20, ROWS)]
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_the_running_loss_is_read_only_for_who_wants_it(monkeypatch, wanted):
+    heard = []
+
+    class Listener(Reporter):
+        wants_readings = wanted
+
+        def reading(self, loss, accuracy):
+            heard.append((loss, accuracy))
+
+    monkeypatch.setattr(loop, "SECONDS_PER_READING", 0.0)
+    fit(Scripted([1]), SPLIT, scripted_config(epochs=1), Listener())
+    assert heard == ([(0.5, 5 / 10), (0.5, 15 / 20), (0.5, 20 / 25)] if wanted else [])
 
 
 @pytest.fixture
@@ -232,12 +249,13 @@ def test_the_training_set_alone_is_trained_on():
     seen = []
 
     class Watching(ScratchLearner):
-        def begin_epoch(self, order):
-            seen.append(order)
-            super().begin_epoch(order)
+        def begin_epoch(self, index, epoch):
+            super().begin_epoch(index, epoch)
+            seen.append(self._training.order[: len(index)].copy())
 
     config = configs.preset("m0", epochs=2)
     fit(Watching(config, data, cpu("plain"), len(split.train)), split, config)
+    assert not np.array_equal(*seen) and not np.array_equal(seen[0], split.train)
     assert len(seen) == 2 and all(np.array_equal(np.sort(order), split.train) for order in seen)
     assert len(np.intersect1d(seen[0], np.concatenate([split.val, split.test]))) == 0
     assert len(all_rows(data)) == sum(map(len, (split.train, split.val, split.test)))

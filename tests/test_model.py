@@ -53,7 +53,7 @@ def random_batch(sizes, rows, dtype=np.float32, seed=1):
 
 def loss_and_gradients(model, x, labels):
     """The mean loss; model.gradients is filled."""
-    loss, dlogits = model.ops.softmax_cross_entropy(model.forward(x), labels)
+    loss, dlogits = model.ops.owner.softmax_cross_entropy(model.forward(x), labels)
     model.backward(x, dlogits)
     return float(loss)
 
@@ -230,9 +230,9 @@ def test_full_batch_takes_one_step_per_epoch(backend):
     steps = []
 
     class Counting(ScratchLearner):
-        def train_step(self, start, stop, lr):
+        def _accumulated_step(self, start, stop):
             steps.append((start, stop))
-            super().train_step(start, stop, lr)
+            super()._accumulated_step(start, stop)
 
     data = easy_dataset(120, 4)
     config = configs.preset("m1", hidden=(10,), batch_size="full", epochs=3)

@@ -7,9 +7,11 @@ import threading
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 
+import kernels
 from mlp import configs, ranges
 from mlp.data import stratified_split
 from mlp.loop import fit
@@ -106,9 +108,11 @@ def test_a_learner_without_ranges_is_untouched(kind):
     learner = make(kind)
     assert shadowed(learner) == set()
     ranges.attach(learner, Recorder())
-    layers = {"forward"} if kind == "torch" else {"forward_layer", "backward_layer"}
-    assert shadowed(learner) == {"train_step", "gather", "loss", "evaluate", "step"} | layers
+    hidden = {"train_step", "gather", "loss", "evaluate", "step", "forward"}
+    assert shadowed(learner) == (hidden if kind == "torch" else set())
     assert shadowed(make(kind)) == set()  # another of the same class
+    if kind != "torch":
+        assert make(kind).replay.annotate is None
 
 
 def test_the_range_of_a_layer_contains_its_gradients_in_torch():
@@ -168,15 +172,27 @@ def fail_in_backward(tensor):
     tensor.register_hook(fail)
 
 
+def spoil_op(learner, name, act):
+    """Let `act(result)` follow the third execution of an op of a from-scratch learner."""
+    for ops in (learner.ops, learner.model.ops):
+        owner = ops.owner
+        ops.owner = SimpleNamespace(**{n: getattr(owner, n) for n in kernels.__all__ if hasattr(owner, n)})
+        spoil(ops.owner, name, act)
+
+
 @pytest.mark.parametrize("kind, owner, method, act", [
-    *((kind, *place, fail) for kind in LEARNERS for place in (("", "gather"), ("", "loss"), ("optimizer", "step"))),
-    *((kind, "model", method, fail) for kind in BACKENDS for method in ("forward_layer", "backward_layer")),
+    *(("torch", *place, fail) for place in (("", "gather"), ("", "loss"), ("optimizer", "step"))),
+    *((kind, "ops", op, fail) for kind in BACKENDS
+      for op in ("gather_batch", "bias_act", "softmax_cross_entropy", "bias_act_backward", "adam_step")),
     ("torch", "model.1", "forward", fail),
     ("torch", "model.1", "forward", fail_in_backward),
 ])  # fmt: skip
 def test_an_exception_closes_what_it_passes(kind, owner, method, act):
     learner, recorder = make(kind), Recorder()
-    spoil(operator.attrgetter(owner)(learner) if owner else learner, method, act)
+    if owner == "ops":
+        spoil_op(learner, method, act)
+    else:
+        spoil(operator.attrgetter(owner)(learner) if owner else learner, method, act)
     with pytest.raises(RuntimeError, match="planted"):
         watched_fit(learner, recorder)
     assert recorder.open == [] and recorder.heard[0] == (0, "epoch")
@@ -206,6 +222,7 @@ def test_ranges_balance_on_a_thread_of_autograds_own(monkeypatch):
 @pytest.mark.parametrize("kind", LEARNERS)
 def test_ctrl_c_ends_the_step_and_closes_the_epoch(kind):
     learner, recorder = make(kind), Recorder()
-    spoil(learner, "gather", lambda _: signal.raise_signal(signal.SIGINT))
+    place = (spoil, learner, "gather") if kind == "torch" else (spoil_op, learner, "gather_batch")
+    place[0](*place[1:], lambda _: signal.raise_signal(signal.SIGINT))
     assert watched_fit(learner, recorder).outcome == "interrupted"
     assert recorder.heard == [(0, "epoch"), *a_step(kind) * 3] and recorder.open == []

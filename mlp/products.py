@@ -1,0 +1,81 @@
+"""Which matrix products a run uses: NumPy's, CuPy's, cuBLASLt's or our own kernel's, and in which precision."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import InputError
+from .configs import Config
+from .device import Device
+from .gemm import ArrayGemm
+
+
+@dataclass(frozen=True)
+class Products:
+    """library: the products of a library, see gemm.py. own: our kernel (kernels/gemm.py), or None. epilogues: whether
+    the library has fused epilogues. notice: what the user should know."""
+
+    library: object
+    own: object = None
+    precision: str = "fp32"
+    epilogues: bool = False
+    notice: str = ""
+
+    @classmethod
+    def arrays(cls, xp=np) -> "Products":
+        """Products by xp.matmul, in float32."""
+        return cls(ArrayGemm(xp))
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the library reads bfloat16 copies of its factors."""
+        return self.precision == "bf16" and self.library is not None
+
+    @property
+    def workspace_bytes(self) -> int:
+        """The device memory that the library takes for two streams."""
+        return 2 * getattr(self.library, "workspace_bytes", 0)
+
+    @property
+    def captures(self) -> bool:
+        """Whether they can be captured into a CUDA graph."""
+        return self.library is None or self.library.captures
+
+
+def select(config: Config, device: Device) -> Products:
+    """The products for --precision and --gemm on this device. InputError where they cannot be had."""
+    precision = config.precision
+    if device.kind == "cpu":
+        if precision != "fp32" or config.gemm == "own":
+            flag = f"--precision {precision}" if precision != "fp32" else "--gemm own"
+            raise InputError(f"{flag} needs a GPU with tensor cores; leave it out on a CPU")
+        return Products.arrays(device.xp)
+    if config.gemm == "own":
+        return _own(precision, device)
+    if not config.fused or config.gemm == "cupy":
+        return Products(ArrayGemm(device.xp, precision), precision=precision)
+    from .cublaslt import CublasLt
+
+    try:
+        library = CublasLt(precision)
+    except InputError as error:
+        if config.gemm == "cublaslt" or precision == "bf16":
+            raise
+        notice = f"{error}; until then the products are CuPy's, and steps are launched op by op instead of as a graph"
+        return Products(ArrayGemm(device.xp, precision), precision=precision, notice=notice)
+    return Products(library, precision=precision, epilogues=True)
+
+
+def _own(precision: str, device: Device) -> Products:
+    if precision == "fp32":
+        raise InputError("--gemm own multiplies on tensor cores; give --precision tf32 or bf16 with it")
+    if not device.fused:
+        raise InputError("--gemm own is one of the fused kernels; give --fused with it")
+    from kernels import BackendError, cuda
+    from kernels.gemm import Gemm
+
+    try:
+        own = Gemm(cuda, precision)
+    except BackendError as error:
+        raise InputError(f"--gemm own is not possible: {error}") from None
+    return Products(None, own, precision)
