@@ -55,7 +55,7 @@ class CublasLt:
         if precision != "fp32" and int(capability) < 80:
             raise InputError(f"{precision} products need compute capability 8.0, the GPU has {capability}; take fp32")
         self.precision, self.version = precision, self._library.version()
-        self._cupy, self._workspace_bytes = cupy, workspace_bytes
+        self._cupy, self.workspace_bytes = cupy, workspace_bytes
         self._dtype = np.dtype(np.uint16 if precision == "bf16" else np.float32)
         self._plans, self._workspaces = {}, {}
 
@@ -140,7 +140,7 @@ class CublasLt:
         if stream.is_capturing():
             raise RuntimeError(_UNPREPARED)
         if stream.ptr not in self._workspaces:  # because products on two streams may run at the same time
-            self._workspaces[stream.ptr] = self._cupy.empty(self._workspace_bytes + SLACK, np.uint8)
+            self._workspaces[stream.ptr] = self._cupy.empty(self.workspace_bytes + SLACK, np.uint8)
         if problem not in self._plans:
             self._plans[problem] = self._library.plan(problem, *pointers[3:])
 

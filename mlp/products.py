@@ -54,10 +54,11 @@ def select(config: Config, device: Device) -> Products:
         return _own(precision, device)
     if not config.fused or config.gemm == "cupy":
         return Products(ArrayGemm(device.xp, precision), precision=precision)
-    from .cublaslt import CublasLt
+    from .cublaslt import WORKSPACE_BYTES, CublasLt
 
+    limit = config.memory_limit
     try:
-        library = CublasLt(precision)
+        library = CublasLt(precision, WORKSPACE_BYTES if limit is None else min(WORKSPACE_BYTES, limit // 32))
     except InputError as error:
         if config.gemm == "cublaslt" or precision == "bf16":
             raise

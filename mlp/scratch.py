@@ -70,13 +70,10 @@ class ScratchLearner:
         state = [self.model.parameters, self._results, self._offset, *self.optimizer.state]
         state += [] if self._sum is None else [self._sum]
         self.replay = Replayer(self.recorder, Graphs(xp, state) if self.captures else None)
-        stream = self.replay.graphs.stream if self.captures else None
-        window = self.budget.window
-        self.source = (
-            Streamed(data.images, data.labels, device, rows=window, stream=stream)
-            if window
-            else Resident(data.images, data.labels, device)
-        )
+        if self.budget.window:
+            self.source = Streamed(data.images, data.labels, device, self.budget.window)
+        else:
+            self.source = Resident(data.images, data.labels, device)
         images = len(data.labels)
         self._training, self._judging = Epoch(self.batch_size, rows, images), Epoch(rows, rows, images)
         self.annotate = nullcontext  # see ranges.py

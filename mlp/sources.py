@@ -84,10 +84,9 @@ class Streamed:
     """The data set in host memory, and two windows of `rows` images on the device: one is read while the other is
     filled. Gathering the rows into pinned memory is the CPU's work, while the GPU computes what it was given before."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, device: Device, *, rows: int, stream=None):
-        """stream: CuPy's stream on which windows are read; None: the current one."""
+    def __init__(self, images: np.ndarray, labels: np.ndarray, device: Device, rows: int):
         self._images, self._labels, self._device, self._rows = images, labels, device, rows
-        self._stream, self._copies = stream, None
+        self._copies = None  # the stream on which windows are filled; they are read on the current one
         xp, D = device.xp, images.shape[1]
         index = xp.arange(rows, dtype=np.int32)
         self._slots = [
@@ -126,7 +125,7 @@ class Streamed:
             self._fill(epoch, window.end, self._slots[1 - window.key])
 
     def _reader(self):
-        return self._stream or self._device.xp.cuda.get_current_stream()
+        return self._device.xp.cuda.get_current_stream()
 
     def _fill(self, epoch: Epoch, begin: int, slot: _Slot) -> _Slot:
         slot.owner, slot.begin, slot.end = (epoch, epoch.serial), begin, epoch.pieces_end(begin, self._rows)

@@ -8,6 +8,7 @@ and what is tested on a CPU is what a GPU launches.
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 
 
@@ -127,8 +128,15 @@ class Program:
             main.wait_event(side.record())
 
 
+@cache
+def _streams(cupy, device: int):
+    """Two streams of a GPU: for a graph, and for what is beside it. They are the same for all graphs, because a library
+    of matrix products keeps a workspace for each."""
+    return cupy.cuda.Stream(non_blocking=True), cupy.cuda.Stream(non_blocking=True)
+
+
 class Graphs:
-    """Programs as CUDA graphs on one stream, which is ordered with CuPy's default stream.
+    """Programs as CUDA graphs, ordered with CuPy's current stream.
 
     state: the arrays that a program changes for the next one. Before a capture everything runs once, so that kernels
     are loaded, plans of matrix products made and memory is there; then the state is put back as it was. What ops
@@ -137,12 +145,13 @@ class Graphs:
 
     def __init__(self, cupy, state: list):
         self._cupy, self._state = cupy, state
-        self.stream, self._side = cupy.cuda.Stream(), cupy.cuda.Stream()
+        self.stream, self._side = _streams(cupy, cupy.cuda.Device().id)
         self._pool = cupy.cuda.MemoryPool()
 
     def capture(self, program: Program, repeats: int):
         """A graph of `repeats` executions of `program`, one after another; launch() launches it."""
         kept = [array.copy() for array in self._state]
+        self._follow_current_stream()
         with self._cupy.cuda.using_allocator(self._pool.malloc), self.stream:
             program.issue(self.stream, self._side)
             for array, before in zip(self._state, kept):
@@ -158,7 +167,12 @@ class Graphs:
         return graph
 
     def launch(self, graph) -> None:
+        self._follow_current_stream()
         graph.launch(self.stream)
+        self._cupy.cuda.get_current_stream().wait_event(self.stream.record())
+
+    def _follow_current_stream(self):
+        self.stream.wait_event(self._cupy.cuda.get_current_stream().record())
 
 
 class Replayer:

@@ -60,7 +60,7 @@ def measure(config: Config, device: Device, products: Products, sizes, batch: in
         if best is None or total < best["total"]:
             microseconds = [{kind: {f: round(t * 1e6, 2) for f, t in by.items()} for kind, by in layer.items()}
                             for layer in times]  # fmt: skip
-            best = {"total": total, "padded": padded, "forms": [astuple(f) for f in forms], "us": microseconds}
+            best = {"total": total, "padded": padded, "forms": [list(astuple(f)) for f in forms], "us": microseconds}
     best["total"] = round(best["total"] * 1e6, 2)
     return best
 
@@ -135,21 +135,20 @@ class GraphTimer:
     """Seconds of what a body records, in a CUDA graph of many executions."""
 
     def __init__(self, device: Device):
-        self._cupy = device.xp
+        self._cupy, self._graphs = device.xp, Graphs(device.xp, [])
 
     def __call__(self, body, recorder) -> float | None:
         from .cublaslt import Unsupported
 
-        graphs = Graphs(self._cupy, [])
         try:
-            graph = graphs.capture(Program.of(recorder, body), REPEATS)
+            graph = self._graphs.capture(Program.of(recorder, body), REPEATS)
         except Unsupported:
             return None
         begin, end, seconds = self._cupy.cuda.Event(), self._cupy.cuda.Event(), []
         for _ in range(LAUNCHES + 1):
-            begin.record(graphs.stream)
-            graphs.launch(graph)
-            end.record(graphs.stream)
+            begin.record(self._graphs.stream)
+            self._graphs.launch(graph)
+            end.record(self._graphs.stream)
             end.synchronize()
             seconds.append(self._cupy.cuda.get_elapsed_time(begin, end) * 1e-3 / REPEATS)
         return min(seconds[1:])

@@ -17,7 +17,7 @@ from mlp.device import Device
 from mlp.gemm import ArrayGemm
 from mlp.products import Products
 
-from . import stand_in_gpu
+from . import fake_nvmath, stand_in_gpu
 
 
 class Event:
@@ -55,6 +55,18 @@ class Stream:
     def __init__(self, gpu):
         self.gpu, self.after, self.copies = gpu, (), []
         gpu.streams.append(self)
+        self.ptr = len(gpu.streams)
+
+    def is_capturing(self):
+        return self.gpu.capturing
+
+    def do(self, work):
+        """Work at once, or as a node of the graph that is being captured."""
+        if not self.gpu.capturing:
+            self.gpu.calls += 1
+            return work()
+        self.gpu.nodes.append(SimpleNamespace(after=self.after, call=work))
+        self.after = (len(self.gpu.nodes) - 1,)
 
     def __enter__(self):
         self.gpu.current.append(self)
@@ -88,16 +100,19 @@ class Stream:
 
 
 class Gpu:
-    """device: what the learner computes on. products: what it multiplies with, NumPy's. graphs: all that were made."""
+    """device: what the learner computes on. products: by NumPy, captured; there is a stand-in for nvmath as well."""
 
     def __init__(self, monkeypatch, seed=0, chunk_rows=2048):
         self.random, self.capturing, self.current, self.main = random.Random(seed), False, [], None
         self.streams, self.nodes, self.calls, self.free = [], [], 0, 2**40
-        cupy = stand_in_gpu.install(monkeypatch)
-        self.null = Stream(self)
-        self.current.append(self.null)
+        self.cupy = cupy = stand_in_gpu.install(monkeypatch)
+        self.nvmath = fake_nvmath.install(monkeypatch, cupy)
+        self.current.append(Stream(self))
         cupy.cuda.Stream = lambda non_blocking=False: Stream(self)
         cupy.cuda.get_current_stream = lambda: self.current[-1]
+        cupy.cuda.Event = lambda: SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)
+        cupy.cuda.get_elapsed_time = lambda begin, end: 1.0
+        cupy.cuda.Device = lambda: SimpleNamespace(id=0, compute_capability="90")
         cupy.cuda.runtime = SimpleNamespace(memGetInfo=lambda: (self.free, self.free))
         monkeypatch.setattr(sys.modules["cupyx"], "empty_pinned", np.empty, raising=False)
         cupy.copyto, cupy.add = self.deferred(np.copyto), self.deferred(np.add)
@@ -105,21 +120,15 @@ class Gpu:
                                       if callable(getattr(kernels, n)) and n != "BackendError"})  # fmt: skip
         self.device = _Device("cuda", "simulated", cupy, self.ops, chunk_rows)
         gemm = ArrayGemm(np)
-        library = SimpleNamespace(captures=True, workspace_bytes=1000, **{
+        self.products = Products(SimpleNamespace(captures=True, workspace_bytes=1000, **{
             name: self.deferred(getattr(gemm, name)) for name in ("forward", "input_gradient", "weight_gradient")
-        })  # fmt: skip
-        self.products = Products(library)
+        }))  # fmt: skip
 
     def deferred(self, function):
-        """`function`, which becomes a node while a stream is captured."""
+        """`function`, as work of the current stream."""
 
         def call(*args, **kwargs):
-            if not self.capturing:
-                self.calls += 1
-                return function(*args, **kwargs)
-            stream = self.current[-1]
-            self.nodes.append(SimpleNamespace(after=stream.after, call=lambda: function(*args, **kwargs)))
-            stream.after = (len(self.nodes) - 1,)
+            return self.current[-1].do(lambda: function(*args, **kwargs))
 
         call.__name__ = getattr(function, "__name__", "call")
         return call

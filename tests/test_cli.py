@@ -190,6 +190,6 @@ def test_the_commands_of_the_readme_are_accepted(capsys):
             assert words == ["--help"] and not end.code
             continue
         given = {name: value for name, value in args.items() if value is not None}
-        for other in ("list", "out", "model", "nvtx"):
+        for other in ("list", "out", "model", "nvtx", "tune", "explain"):
             given.pop(other, None)
         configs.preset(args["model"], **given)

@@ -93,9 +93,9 @@ def test_a_tool_hears_nothing_of_a_run_without_nvtx(listener, tmp_path):
 @pytest.mark.parametrize("act, status", [("signal.raise_signal(signal.SIGINT)", 130), ("1 / 0", 1)])
 def test_a_tool_hears_balanced_ranges_of_a_run_cut_short(act, status, listener, tmp_path):
     plant = (
-        "import signal, mlp.scratch; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from tests.test_ranges import spoil; L = mlp.scratch.ScratchLearner; "
-        f"spoil(L, 'gather', lambda _: {act})"
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from tests.test_ranges import spoil; from kernels import plain; "
+        f"spoil(plain, 'gather_batch', lambda _: {act})"
     )
     result = train(*OPTIONS, "--nvtx", "--out", "run", cwd=tmp_path, python=script_after(plant))
     assert result.returncode == status, result.stderr

@@ -1,0 +1,166 @@
+"""Every form of a layer gives the same model: fused epilogues, padding and bfloat16, by the code that a GPU runs.
+
+cuBLASLt is fake_nvmath's stand-in on the simulated GPU: it multiplies what it is given the addresses of.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from mlp import configs, products, run
+from mlp.data import stratified_split
+from mlp.forms import EPILOGUE, SEPARATE, Form, Plan
+from mlp.loop import fit
+from mlp.scratch import ScratchLearner
+from mlp.tuning import cache_file
+
+from .checks import assert_same_bits
+from .simulated_gpu import Gpu
+from .training import close, cpu, easy_dataset
+
+DATA = easy_dataset(300, 7)
+SPLIT = stratified_split(DATA.labels)
+ROWS = len(SPLIT.train)  # 210: three batches of 64, and 18
+EPILOGUES = (Form(EPILOGUE), Form(EPILOGUE, SEPARATE, EPILOGUE), Form(EPILOGUE, EPILOGUE, EPILOGUE))
+PLANS = {
+    "separate": Plan((Form(),) * 3),
+    "padded": Plan((Form(),) * 3, padded=True),
+    "epilogues": Plan(EPILOGUES),
+    "padded epilogues": Plan(EPILOGUES, padded=True),
+    "forward epilogues": Plan((Form(EPILOGUE), Form(EPILOGUE), Form(EPILOGUE))),
+    "one boundary": Plan((Form(), Form(EPILOGUE), Form(SEPARATE, SEPARATE, EPILOGUE))),
+    "bias gradient": Plan((Form(), Form(), Form(SEPARATE, EPILOGUE))),
+}
+
+
+def config(**changes):
+    given = {"hidden": (33, 16), "batch_size": 64, "epochs": 2, "fused": True, "device": "cuda", "lr": 0.01}
+    return configs.preset("m1", **(given | changes))
+
+
+def on_gpu(gpu, plan=None, graphs=True, **changes):
+    chosen = products.select(config(**changes), gpu.device)
+    learner = ScratchLearner(config(**changes), DATA, gpu.device, ROWS, chosen, plan)
+    assert learner.captures
+    if not graphs:
+        learner.replay.graphs, learner.steps_per_launch = None, 1
+    return learner
+
+
+def trained(learner):
+    rows = fit(learner, SPLIT, learner.config).rows
+    judged = learner.evaluate(SPLIT.test, 0.3)
+    losses = [[r.train_loss, r.val_loss] for r in rows]
+    return {**learner.arrays(), "losses": np.array(losses), "confusion": judged.confusion}
+
+
+def assert_close_runs(one, other, tolerance):
+    assert one.keys() == other.keys()
+    for name in set(one) - {"confusion"}:
+        assert close(one[name], other[name], tolerance), name
+    assert np.abs(one["confusion"] - other["confusion"]).sum() <= 4 and one["confusion"].sum() == len(SPLIT.test)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_plan_trains_the_same_model(monkeypatch, name):
+    expected = trained(ScratchLearner(config(device="cpu"), DATA, cpu("fused"), ROWS))
+    assert_close_runs(trained(on_gpu(Gpu(monkeypatch), PLANS[name])), expected, 1e-4)
+
+
+@pytest.mark.parametrize("activation", ["leaky_relu", "gelu"])
+def test_other_activations_take_separate_hidden_layers(monkeypatch, activation):
+    plan = Plan((Form(), Form(), Form(EPILOGUE, EPILOGUE)), padded=True)
+    expected = trained(ScratchLearner(config(device="cpu", activation=activation), DATA, cpu("fused"), ROWS))
+    assert_close_runs(trained(on_gpu(Gpu(monkeypatch), plan, activation=activation)), expected, 1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("name", PLANS)
+def test_the_captured_run_equals_the_eager_one(monkeypatch, name, precision):
+    runs = [trained(on_gpu(Gpu(monkeypatch, seed), PLANS[name], graphs, precision=precision))
+            for seed, graphs in ((1, True), (2, True), (0, False))]  # fmt: skip
+    for other in runs[1:]:
+        for key, array in runs[0].items():
+            assert_same_bits(array, other[key])
+
+
+class Rounding:
+    """Products of float32 arrays whose factors are rounded to bfloat16, by torch."""
+
+    captures, workspace_bytes = False, 0
+
+    @staticmethod
+    def _rounded(array):
+        return torch.from_numpy(np.ascontiguousarray(array)).to(torch.bfloat16).float().numpy()
+
+    def forward(self, x, weight, out):
+        out[...] = self._rounded(x) @ self._rounded(weight)
+
+    def input_gradient(self, dz, weight, out):
+        out[...] = self._rounded(dz) @ self._rounded(weight).T
+
+    def weight_gradient(self, x, dz, out):
+        out[...] = self._rounded(x).T @ self._rounded(dz)
+
+
+@pytest.mark.parametrize("name", ["separate", "padded epilogues"])
+def test_bfloat16_rounds_the_factors_and_nothing_else(monkeypatch, name):
+    """Against products that round by themselves; the parameters stay float32."""
+    settings = config(device="cpu")
+    expected = trained(ScratchLearner(settings, DATA, cpu("fused"), ROWS, products.Products(Rounding())))
+    found = trained(on_gpu(Gpu(monkeypatch), PLANS[name], precision="bf16"))
+    assert_close_runs(found, expected, 2e-3)  # a sum in another order may round to the neighbour in the next layer
+    exact = trained(ScratchLearner(settings, DATA, cpu("fused"), ROWS))
+    distance = [np.abs(run["weight0"] - expected["weight0"]).max() for run in (found, exact)]
+    assert distance[0] < 0.2 * distance[1]
+    bits = found["weight0"].view(np.uint32)
+    assert np.count_nonzero(bits & 0xFFFF) > 0.9 * bits.size  # more digits than bfloat16 has
+
+
+def test_padding_stays_zero_and_out_of_sight(monkeypatch):
+    learner = on_gpu(Gpu(monkeypatch), PLANS["padded epilogues"], l2=0.01)
+    trained(learner)
+    assert learner.model.weights[-1].shape == (16, 8) and learner.arrays()["weight2"].shape == (16, 7)
+    assert not learner.model.weights[-1][:, 7:].any() and not learner.model.biases[-1][7:].any()
+    assert learner.model.parameter_count == 784 * 33 + 33 + 33 * 16 + 16 + 16 * 7 + 7
+
+
+def test_a_gpu_without_nvmath_says_so_and_captures_nothing(monkeypatch):
+    import sys
+
+    gpu = Gpu(monkeypatch)
+    monkeypatch.setitem(sys.modules, "nvmath.bindings", None)
+    chosen = products.select(config(), gpu.device)
+    assert not chosen.captures and "nvmath-python" in chosen.notice and "op by op" in chosen.notice
+    for changes in ({"gemm": "cublaslt"}, {"precision": "bf16"}):
+        with pytest.raises(products.InputError, match="nvmath-python"):
+            products.select(config(**changes), gpu.device)
+    assert not products.select(config(gemm="cupy"), gpu.device).notice
+
+
+@pytest.mark.parametrize("changes, word", [
+    ({"gemm": "own"}, "--precision tf32 or bf16"), ({"gemm": "own", "precision": "tf32", "fused": False}, "--fused"),
+])  # fmt: skip
+def test_products_that_cannot_be_had_on_a_gpu(monkeypatch, changes, word):
+    gpu = Gpu(monkeypatch)
+    device = gpu.device if changes.get("fused", True) else dataclasses.replace(gpu.device, ops=None)
+    if not changes.get("fused", True):
+        monkeypatch.setattr(type(device), "fused", False)
+    with pytest.raises(products.InputError, match=word):
+        products.select(config(**changes), device)
+
+
+def test_a_run_tunes_itself_and_remembers(monkeypatch, tmp_path):
+    """The whole path of tf32 on a GPU: time every form in graphs, choose, train with it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    gpu = Gpu(monkeypatch)
+    gpu.nvmath.refused["DRELU_BGRAD"] = 0  # the library finds no algorithm
+    learner, entry = run.make_learner(config(precision="tf32"), DATA, gpu.device, ROWS)
+    assert cache_file().exists() and learner.model.plan.forms == tuple(Form(*form) for form in entry["forms"])
+    assert set(entry["us"][1]["input"]) == {"separate"} and set(entry["us"][1]["forward"]) == {"separate", "epilogue"}
+    assert_close_runs(trained(learner), trained(on_gpu(Gpu(monkeypatch), precision="tf32")), 5e-3)
+    calls = gpu.nvmath.calls.copy()
+    again, same = run.make_learner(config(precision="tf32"), DATA, gpu.device, ROWS)
+    assert same == entry and gpu.nvmath.calls["heuristic"] == calls["heuristic"]
