@@ -22,7 +22,7 @@ _SIGNATURES = {
     "softmax_xent": [_P, _P, _P, _P, _P, _P, _L, _I, _I, _F],
     "adam": [_P, _P, _P, _P, _L, _F, _F, _F, _F, _F, _F, _I],
     "sgd": [_P, _P, _P, _L, _F, _F, _F],
-    "gather": [_P, _P, _P, _P, _P, _P, _P, _L, _L, _L, _I, _I, _F, _F, _F, _U, _U],
+    "gather": [_P, _P, _P, _P, _P, _P, _P, _P, _L, _L, _L, _I, _I, _F, _F, _F, _U, _U],
     "shuffle": [_P, _P, _L, _U, _U, _U],
     "advance": [_P, _L, _P],
     "to_bfloat16": [_P, _P, _L],
@@ -147,10 +147,10 @@ def sgd_step(p, g, velocity, lr, momentum, weight_decay):
     _function("sgd")(_pointer(p), _pointer(g), _pointer(velocity), p.size, _number(lr), momentum, weight_decay)
 
 
-def gather_batch(images, labels, index, offset, affine, x, y, side, mean, scale, noise_sigma, seed):
+def gather_batch(images, labels, numbers, index, offset, affine, x, y, side, mean, scale, noise_sigma, seed):
     _function("gather")(
-        _pointer(images), _pointer(labels), _pointer(index), _pointer(offset), _pointer(affine), _pointer(x),
-        _pointer(y), x.shape[0], index.size, *images.shape, side, mean, scale, noise_sigma,
+        _pointer(images), _pointer(labels), _pointer(numbers), _pointer(index), _pointer(offset), _pointer(affine),
+        _pointer(x), _pointer(y), x.shape[0], index.size, *images.shape, side, mean, scale, noise_sigma,
         seed & 0xFFFFFFFF, seed >> 32,
     )  # fmt: skip
 

@@ -179,13 +179,14 @@ def sgd_step(p, g, velocity=None, *, lr, momentum=0.0, weight_decay=0.0):
 @accepts_torch
 def gather_batch(
     images, labels, index, *, offset=None, out_x=None, out_y=None, mean=0.0, scale=1.0, noise_sigma=0.0, seed=0,
-    affine=None,
+    numbers=None, affine=None,
 ):  # fmt: skip
     """A batch from a uint8 dataset: images (M, D) uint8, labels (M,) int32, index (B,) int32
     -> x (B, D) float32 = (pixel / 255 + noise_sigma * normal - mean) * scale, y (B,) int32.
 
     The noise depends on `seed` (64 bits), the image's index and the pixel alone, so it is the same for any
-    batch size and order (Philox4x32-10, Salmon et al. 2011). affine: float32 (B, 2, 3), for square images:
+    batch size and order (Philox4x32-10, Salmon et al. 2011). numbers: int32 (M,), what counts as the images' indices
+    then, where they are a part of a data set. affine: float32 (B, 2, 3), for square images:
     the matrix that takes an output pixel's (column, row, 1) from the centre to the source pixel's, sampled
     bilinearly, 0 outside. An index outside [0, M) gives a NaN row and label -1.
     offset: int64 array of one element, which is read when the kernel runs: the batch is then
@@ -200,6 +201,8 @@ def gather_batch(
     check("labels", labels, images, INT32, M)
     check("index", index, images, INT32, None)
     B, side = index.size, math.isqrt(D)
+    if numbers is not None:
+        check("numbers", numbers, images, INT32, M)
     if offset is not None:
         check("offset", offset, images, INT64, *one_element(offset))
         if out_x is None:
@@ -217,7 +220,7 @@ def gather_batch(
     out_x = _output(backend, "out_x", out_x, images, FLOAT32, B, D)
     out_y = _output(backend, "out_y", out_y, images, INT32, B)
     backend.gather_batch(
-        images, labels, index, offset, affine, out_x, out_y, side, mean, scale, noise_sigma, int(seed)
+        images, labels, numbers, index, offset, affine, out_x, out_y, side, mean, scale, noise_sigma, int(seed)
     )
     return out_x, out_y
 

@@ -223,7 +223,7 @@ def _warp(xp, images, affine):
 
 def gather_batch(
     images, labels, index, *, offset=None, out_x=None, out_y=None, mean=0.0, scale=1.0, noise_sigma=0.0, seed=0,
-    affine=None,
+    numbers=None, affine=None,
 ):  # fmt: skip
     xp = array_module(images)
     if offset is not None:
@@ -235,7 +235,7 @@ def gather_batch(
     pixels = images[safe] if affine is None else _warp(xp, images[safe], affine)
     xp.multiply(pixels, xp.float32(1.0 / 255.0), out=out_x)
     if noise_sigma:
-        out_x += xp.float32(noise_sigma) * normals(xp, safe, images.shape[1], seed)
+        out_x += xp.float32(noise_sigma) * normals(xp, safe if numbers is None else numbers[safe], images.shape[1], seed)
     if mean:
         out_x -= mean
     if scale != 1.0:

@@ -49,7 +49,7 @@ def need(config: Config, sizes, images: int, workspace: int) -> Need:
     fixed = parameters * (4 * arenas + 2 * rounded) + workspace + SLACK + 8 * (images + sizes[-1] ** 2)
     activations = sizes[0] + 3 * sum(widths) + sizes[-1]  # the batch; pre-activations, outputs, gradients; dlogits
     per_image = sizes[0] + 4
-    return Need(fixed, activations * (4 + 2 * rounded) + 8, images * per_image, per_image + 4)
+    return Need(fixed, activations * (4 + 2 * rounded) + 8, images * per_image, per_image + 8)  # its number; iota
 
 
 def fit(config: Config, device: Device, sizes, images: int, batch: int, workspace: int = 0) -> Budget:

@@ -204,7 +204,7 @@ class ScratchLearner:
         with self.recorder.phase("gather"):
             self.ops.gather_batch(
                 window.images, window.labels, window.index, offset=self._offset, out_x=x, out_y=labels,
-                noise_sigma=noise_sigma, seed=self.config.seed,
+                noise_sigma=noise_sigma, seed=self.config.seed, numbers=window.numbers,
             )  # fmt: skip
         return x, labels
 

@@ -10,12 +10,14 @@ from .device import Device
 @dataclass
 class Window:
     """Images on the device that the rows [begin, end) of an epoch are gathered from: those at `index`, the first of
-    which is row `begin`. Windows with the same `key` use the same arrays."""
+    which is row `begin`. numbers: the indices of the images in the data set, or None where all of it is here. Windows
+    with the same `key` use the same arrays."""
 
     key: int
     images: object
     labels: object
     index: object
+    numbers: object = None
     begin: int = 0
     end: int = 0
 
@@ -64,7 +66,7 @@ class Resident:
         return replaced
 
     def window(self, epoch: Epoch, begin: int) -> Window:
-        return Window(0, self.images, self.labels, epoch.order, 0, epoch.size)
+        return Window(0, self.images, self.labels, epoch.order, end=epoch.size)
 
     def release(self, epoch: Epoch, window: Window) -> None:
         """The rows of `window` have been asked for; what comes next may be fetched."""
@@ -75,7 +77,7 @@ class _Slot(Window):
     """A window that is filled again and again; on a GPU through pinned host memory, by a stream of its own."""
 
     owner: tuple = ()  # epoch, its serial number
-    host: tuple = ()  # pinned images and labels
+    host: tuple = ()  # pinned images, labels and numbers
     copied: object = None  # events: the copy to the device is done; all that reads the device's arrays is, or None
     used: object = None  # while that is not known
 
@@ -90,14 +92,15 @@ class Streamed:
         xp, D = device.xp, images.shape[1]
         index = xp.arange(rows, dtype=np.int32)
         self._slots = [
-            _Slot(key, xp.empty((rows, D), np.uint8), xp.empty(rows, np.int32), index) for key in range(2)
+            _Slot(key, xp.empty((rows, D), np.uint8), xp.empty(rows, np.int32), index, xp.empty(rows, np.int32))
+            for key in range(2)
         ]
         if device.kind == "cuda":
             import cupyx
 
             self._copies = xp.cuda.Stream(non_blocking=True)
             for slot in self._slots:
-                slot.host = cupyx.empty_pinned((rows, D), np.uint8), cupyx.empty_pinned(rows, np.int32)
+                slot.host = tuple(cupyx.empty_pinned(*of) for of in (((rows, D), np.uint8), *[(rows, np.int32)] * 2))
                 slot.used = self._copies.record()
 
     def begin(self, epoch: Epoch, index, shuffle=None) -> bool:
@@ -130,15 +133,21 @@ class Streamed:
     def _fill(self, epoch: Epoch, begin: int, slot: _Slot) -> _Slot:
         slot.owner, slot.begin, slot.end = (epoch, epoch.serial), begin, epoch.pieces_end(begin, self._rows)
         chosen, n = epoch.order[begin : slot.end], slot.end - begin
+        targets = slot.images[:n], slot.labels[:n], slot.numbers[:n]
         if not self._copies:
-            np.take(self._images, chosen, axis=0, out=slot.images[:n])
-            np.take(self._labels, chosen, out=slot.labels[:n])
+            self._gather(chosen, *targets)
             return slot
         if slot.copied:
             slot.copied.synchronize()  # the pinned memory may be written again
         self._copies.wait_event(slot.used or self._reader().record())
-        for source, pinned, target in zip((self._images, self._labels), slot.host, (slot.images, slot.labels)):
-            np.take(source, chosen, axis=0, out=pinned[:n])
-            target[:n].set(pinned[:n], self._copies)
+        self._gather(chosen, *(pinned[:n] for pinned in slot.host))
+        for pinned, target in zip(slot.host, targets):
+            target.set(pinned[:n], self._copies)
         slot.copied = self._copies.record()
         return slot
+
+    def _gather(self, chosen, images, labels, numbers) -> None:
+        """Copy the images `chosen`, their labels and their numbers into host arrays."""
+        np.take(self._images, chosen, axis=0, out=images)
+        np.take(self._labels, chosen, out=labels)
+        numbers[...] = chosen

@@ -64,7 +64,7 @@ OPS = {
     ),
     "gather_batch": Op(
         kernels.gather_batch,
-        dict(images=np.zeros((5, 9), np.uint8), labels=_i(5), index=_i(4), affine=_f(4, 2, 3), out_x=_f(4, 9),
+        dict(images=np.zeros((5, 9), np.uint8), labels=_i(5), index=_i(4), numbers=_i(5), affine=_f(4, 2, 3), out_x=_f(4, 9),
              out_y=_i(4)),
         frozenset({"out_x", "out_y"}), dict(mean=0.0, scale=1.0, noise_sigma=0.0, seed=0),
         frozenset({"images"}),

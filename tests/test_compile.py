@@ -143,9 +143,9 @@ def _launches():
         ops.sgd_step(f(9), f(9), velocity, 0.1, 0.0, 0.0)
     images, labels = np.zeros((5, 9), np.uint8), np.zeros(5, np.int32)
     offset = np.zeros(1, np.int64)
-    for where, affine in ((None, None), (offset, f(4, 2, 3))):
+    for numbers, where, affine in ((None, None, None), (labels, offset, f(4, 2, 3))):
         ops.gather_batch(
-            images, labels, labels[:4], where, affine, f(4, 9), labels[:4], 3, 0.0, 1.0, 0.0, 2**64 - 1
+            images, labels, numbers, labels[:4], where, affine, f(4, 9), labels[:4], 3, 0.0, 1.0, 0.0, 2**64 - 1
         )
     for step in (None, f(1)):
         ops.advance(offset, 2**63 - 1, step)

@@ -126,6 +126,19 @@ def test_noise_does_not_depend_on_the_batch(backend, rng):
     assert_same_bits(draw(np.full(600, 7)), np.tile(whole[7], (600, 1)))
 
 
+def test_noise_of_a_part_of_a_data_set_is_that_of_the_whole(form, rng):
+    """`numbers` says which images of the whole the part's are."""
+    images, labels = _data(rng, 40, 9)
+    numbers = rng.permutation(40)[:11]
+    whole = form.ops.gather_batch(*_arrays(form, images, labels, numbers), noise_sigma=0.4, seed=SEED)
+    part = _arrays(form, images[numbers], labels[numbers], np.arange(11))
+    results = form.ops.gather_batch(*part, noise_sigma=0.4, seed=SEED, numbers=form.array(numbers, np.int32))
+    for one, other in zip(whole, results, strict=True):
+        assert_same_bits(one, other)
+    unnumbered = form.ops.gather_batch(*part, noise_sigma=0.4, seed=SEED)[0]
+    assert (to_numpy(unnumbered) != to_numpy(whole[0])).mean() > 0.9
+
+
 def test_noise_differs_between_seeds_images_and_pixels(form):
     images, labels = np.zeros((3, 64), np.uint8), np.zeros(3, np.int32)
     rows = []

@@ -7,7 +7,8 @@
 // outside it: affine[b] = (a00 a01 a02; a10 a11 a12) maps output (column, row) to source (column, row),
 // both relative to the image centre (the inverse map, as in torch's affine_grid, but in pixels).
 // n is standard normal (random.cuh), counter (pixel / 4, index[b], 0, 0), key = seed: it depends on the seed, the
-// image and the pixel alone, so a run can be replayed with any batch size on any device.
+// image and the pixel alone, so a run can be replayed with any batch size on any device. Where the images are a part of
+// a data set, `numbers` (M,) are their indices in the whole, and count in the place of index[b].
 // An index outside [0, M) gives a NaN row and label -1.
 // With `offset`, one number on the device, the batch is index[offset : offset + B] instead of the whole index, so that
 // a captured launch goes on from step to step; a position outside the index is no image either. advance() moves it.
@@ -21,6 +22,7 @@ struct GatherSettings {
   unsigned seed_low, seed_high;
   int D, side;          // side: sqrt(D) where affine is used
   index_t M;
+  const int* numbers;   // or null
 };
 
 DEVICE float pixel_or_zero(const unsigned char* image, int column, int row, int side) {
@@ -70,7 +72,7 @@ DEVICE void gather_quad(const GatherSettings& s, const unsigned char* images, in
     p[k] = (affine ? warped_pixel(image, affine, e, s.side) : (float)image[e]) * (1.0f / 255.0f);
   }
   if (s.noise_sigma != 0.0f) {
-    const Normals n = normals(d / 4, (unsigned)source, s.seed_low, s.seed_high);
+    const Normals n = normals(d / 4, (unsigned)(s.numbers ? s.numbers[source] : source), s.seed_low, s.seed_high);
     UNROLL for (int k = 0; k < 4; ++k) p[k] += s.noise_sigma * n.v[k];
   }
   UNROLL for (int k = 0; k < 4; ++k) p[k] = normalise(p[k], s);

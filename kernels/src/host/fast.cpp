@@ -131,11 +131,11 @@ EXPORT void sgd(float* p, const float* g, float* velocity, index_t n, float lr, 
   });
 }
 
-EXPORT void gather(const unsigned char* images, const int* labels, const int* index, const index_t* offset,
-                   const float* affine, float* x, int* y, index_t B, index_t N, index_t M, int D, int side, float mean,
-                   float scale, float noise_sigma, unsigned seed_low, unsigned seed_high) {
+EXPORT void gather(const unsigned char* images, const int* labels, const int* numbers, const int* index,
+                   const index_t* offset, const float* affine, float* x, int* y, index_t B, index_t N, index_t M, int D,
+                   int side, float mean, float scale, float noise_sigma, unsigned seed_low, unsigned seed_high) {
   const index_t begin = offset ? *offset : 0;
-  const GatherSettings settings{mean, scale, noise_sigma, seed_low, seed_high, D, side, M};
+  const GatherSettings settings{mean, scale, noise_sigma, seed_low, seed_high, D, side, M, numbers};
   const double cost = 0.6 + (affine ? 5.0 : 0.0) + (noise_sigma != 0.0f ? 8.0 : 0.0);
   over_rows(RowChunks(B, D, cost), [&](index_t, Rows rows) {
     for (index_t b = rows.begin; b < rows.end; ++b) {
