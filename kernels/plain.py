@@ -110,7 +110,8 @@ def softmax_cross_entropy(logits, labels, scale=None, out=None, totals=None, con
     valid = (labels >= 0) & (labels < C)
     safe = xp.where(valid, labels, 0)
     if confusion is not None:
-        xp.add.at(confusion, (safe, _prediction(xp, logits)), valid)
+        counts = confusion.view(xp.uint64)  # CuPy adds at indices of unsigned types, not of int64
+        xp.add.at(counts, (safe, _prediction(xp, logits)), valid.astype(xp.uint64))
     with np.errstate(invalid="ignore"):
         shifted = logits - logits.max(axis=1, keepdims=True)
     xp.exp(shifted, out=dlogits)
@@ -247,7 +248,7 @@ def gather_batch(
 
 def _slice(xp, index, offset, count):
     """index[offset : offset + count], -1 at positions outside; the offset is an array, and stays on its device."""
-    positions = offset.ravel() + xp.arange(count)  # a sum beyond int64 wraps to a position that is outside, too
+    positions = offset.ravel() + xp.arange(count, dtype=xp.int64)  # a sum beyond int64 wraps to a position that is outside, too
     if not len(index):
         return xp.full(count, -1, index.dtype)
     inside = (positions >= 0) & (positions < len(index))
@@ -312,9 +313,9 @@ def shuffle(index, *, seed=0, epoch=0, out=None):
 
 def to_bfloat16(x, out=None):
     xp = array_module(x)
-    bits = x.view(xp.uint32)
-    rounded = bits + xp.uint32(0x7FFF) + (bits >> 16 & xp.uint32(1))
-    result = xp.where(xp.isnan(x), bits | xp.uint32(0x00400000), rounded) >> 16
     out = xp.empty(x.shape, xp.uint16) if out is None else out
-    out[...] = result
+    bits = x.reshape(-1).view(xp.uint32)  # a 0-d array would become a scalar, whose sums must not wrap
+    rounded = bits + xp.uint32(0x7FFF) + (bits >> xp.uint32(16) & xp.uint32(1))
+    quiet = bits | xp.uint32(0x00400000)
+    out.reshape(-1)[...] = xp.where(xp.isnan(x.reshape(-1)), quiet, rounded) >> xp.uint32(16)
     return out

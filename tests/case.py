@@ -11,10 +11,11 @@ from unittest import mock
 
 import numpy as np
 
+from kernels import plain
 from kernels.launches import softmax_items
 
 from . import references
-from .checks import Backend, Check
+from .checks import Backend, Check, to_numpy
 
 SEED = 0xFEDC_BA98_7654_3210
 OUT_OF_RANGE = (-1, 2**31 - 1, -(2**31))  # labels and indices; beside them the first that is too large
@@ -69,7 +70,7 @@ def _output(backend, offset, like=None, shape=None, dtype=np.float32):
     """An output, and the check of what is beside it; with the values of `like` where it is an input too."""
     out, intact = backend.outputs(*(like.shape if shape is None else shape), dtype=dtype, offset=offset)
     if like is not None:
-        out[...] = backend.array(like)
+        out[...] = backend.array(like, dtype)
     return out, intact
 
 
@@ -102,26 +103,34 @@ def bias_act_backward(activation, *shape, **variant) -> Case:
     return _case(f"bias_act_backward_{activation}", compute, *shape, **variant)
 
 
-def _softmax(rng, backend, B, C, offset=0, in_place=False, totals=True, scale=None, labels="", logits=""):
+def _softmax(rng, backend, B, C, offset=0, in_place=False, totals=True, scale=None, labels="", logits="", padding=0,
+             confusion=False):  # fmt: skip
     x, y = references.logits_and_labels(rng, B, C)
     if labels:
         y[1::3] = np.resize((*OUT_OF_RANGE, C), y[1::3].size)
     if logits:
         x[1, C // 2] = float(logits)
-    dlogits, intact = _output(backend, offset, x if in_place else None, (B, C))
+    padded = np.pad(x, ((0, 0), (0, padding)), constant_values=np.nan)  # which must not be read
+    dlogits, intact = _output(backend, offset, padded if in_place else None, padded.shape)
     sums = backend.array([0.0, 0.0], np.float64) if totals else None
+    counts, counts_intact = _output(backend, offset, np.full((C, C), 5) if confusion else None, (C, C), np.int64)
     loss, _ = backend.ops.softmax_cross_entropy(
-        dlogits if in_place else backend.array(x, offset=offset),
+        dlogits if in_place else backend.array(padded, offset=offset),
         backend.array(y, np.int32, offset), scale, out=dlogits, totals=sums,
+        confusion=counts if confusion else None, classes=C if padding else None,
     )  # fmt: skip
     intact()
+    counts_intact()
     scale = scale or (1.0 / B if B else np.nan)
     losses, expected, softmax, right = references.softmax_cross_entropy(x, y, scale)
-    yield references.dlogits_check(backend, dlogits, expected, softmax, scale)
+    yield references.dlogits_check(backend, dlogits[:, :C], expected, softmax, scale)
+    yield Check("padding", dlogits[:, C:], np.zeros((B, padding)), 0.0)
     yield references.loss_check("loss", loss, losses, scale)
     if totals:
         yield references.loss_check("totals[0]", sums[0], losses)
         yield Check("totals[1]", sums[1], np.float64(right), 0.0)
+    if confusion:
+        yield Check("confusion", counts, 5 + references.confusion(x, y), 0.0)
 
 
 def softmax_cross_entropy(*shape, **variant) -> Case:
@@ -162,10 +171,10 @@ def sgd(*shape, **variant) -> Case:
     return _case("sgd", _sgd, *shape, **variant)
 
 
-def _gather(rng, backend, B, D, images=7, offset=0, index="", affine=False, **settings):
+def _gather(rng, backend, B, D, images=7, offset=0, index="", affine=False, begin=None, **settings):
     pixels = rng.integers(0, 256, (images, D), np.uint8)
     labels = rng.integers(-5, 50, images).astype(np.int32)
-    rows, maps = rng.integers(0, images, B).astype(np.int32), None
+    rows, maps = rng.integers(0, images, B if begin is None else 2 * B).astype(np.int32), None
     if index:
         rows[1::2] = np.resize((*OUT_OF_RANGE, images), rows[1::2].size)
     if affine:
@@ -175,12 +184,58 @@ def _gather(rng, backend, B, D, images=7, offset=0, index="", affine=False, **se
     backend.ops.gather_batch(
         backend.array(pixels, np.uint8, offset), backend.array(labels, np.int32, offset),
         backend.array(rows, np.int32, offset), out_x=x, out_y=y, seed=SEED,
+        offset=None if begin is None else backend.array([begin], np.int64, offset),
         affine=None if maps is None else backend.array(maps, offset=offset), **settings,
     )  # fmt: skip
     intact()
     y_intact()
+    rows = rows if begin is None else references.positions(rows, begin, B)
     return references.gather_checks(x, y, pixels, labels, rows, seed=SEED, affine=maps, **settings)
 
 
 def gather(*shape, **variant) -> Case:
     return _case("gather", _gather, *shape, **variant)
+
+
+def _shuffle(rng, backend, N, offset=0, seed=SEED, epoch=3):
+    index = rng.integers(-(2**31), 2**31, N).astype(np.int32)
+    out, intact = _output(backend, offset, shape=(N,), dtype=np.int32)
+    backend.ops.shuffle(backend.array(index, np.int32, offset), seed=seed, epoch=epoch, out=out)
+    intact()
+    if N <= 2000:
+        yield Check("out", out, index[references.permutation(N, seed, epoch)], 0.0)
+    else:
+        yield Check("out", out, plain.shuffle(index, seed=seed, epoch=epoch), 0.0)
+
+
+def shuffle(*shape, **variant) -> Case:
+    return _case("shuffle", _shuffle, *shape, **variant)
+
+
+def _advance(rng, backend, by, begin=7, step=None, offset=0):
+    position, intact = _output(backend, offset, np.array([begin], np.int64), dtype=np.int64)
+    count, count_intact = _output(backend, offset, np.array([step or 0.0], np.float32))
+    backend.ops.advance(position, by, None if step is None else count)
+    intact()
+    count_intact()
+    wrapped = (begin + by + 2**63) % 2**64 - 2**63
+    yield Check("offset", to_numpy(position) == np.int64(wrapped), np.array([True]), 0.0)
+    yield Check("step", count, np.array([0.0 if step is None else step + 1.0]), 0.0)
+
+
+def advance(*shape, **variant) -> Case:
+    return _case("advance", _advance, *shape, **variant)
+
+
+def _to_bfloat16(rng, backend, n, offset=0):
+    x = rng.integers(0, 2**32, n, np.uint32)
+    x[::3] = x[::3] >> 16 << 16 | 0x8000  # ties
+    x[1::7] = np.resize((0, 0x80000000, 0x7F800000, 0xFF800001, 0x7FFFFFFF, 0x7F7FFFFF, 1, 0x807FFFFF), x[1::7].size)
+    y, intact = _output(backend, offset, shape=(n,), dtype=np.uint16)
+    backend.ops.to_bfloat16(backend.array(x.view(np.float32), offset=offset), out=y)
+    intact()
+    yield Check("y", y, references.bfloat16(x.view(np.float32)), 0.0)
+
+
+def to_bfloat16(*shape, **variant) -> Case:
+    return _case("to_bfloat16", _to_bfloat16, *shape, **variant)

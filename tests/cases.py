@@ -12,7 +12,10 @@ from kernels import ACTIVATIONS
 from kernels.launches import ROW_BLOCKS
 
 from . import references
-from .case import ONE_BLOCK, Case, adam, bias_act, bias_act_backward, gather, sgd, softmax_cross_entropy
+from .case import (
+    ONE_BLOCK, Case, adam, advance, bias_act, bias_act_backward, gather, sgd, shuffle, softmax_cross_entropy,
+    to_bfloat16,
+)  # fmt: skip
 from .checks import FEW_SHAPES, OFFSETS
 
 
@@ -42,6 +45,12 @@ def _representative():
         yield softmax_cross_entropy(2, C, in_place=True)
         yield softmax_cross_entropy(7, C, labels="out of range")
         yield softmax_cross_entropy(2, C, logits="nan")
+        yield softmax_cross_entropy(7, C, labels="out of range", padding=2, confusion=True)
+        yield softmax_cross_entropy(3, C, logits="nan", padding=33, confusion=True, in_place=True, offset=1)
+    for items in filter(None, ROW_BLOCKS):
+        yield softmax_cross_entropy(2, 32 * items - 1, padding=1, confusion=items < 16)
+    yield softmax_cross_entropy(40, 3, padding=1, confusion=True, multiprocessors=ONE_BLOCK, totals=False)
+    yield softmax_cross_entropy(0, 5, padding=3, confusion=True)
     for step in (adam, sgd):
         for P in (0, 1, 37):
             yield step(P)
@@ -56,6 +65,21 @@ def _representative():
     for variant in ({"noise_sigma": 0.5}, {"affine": True}, {"noise_sigma": 0.5, "affine": True}):
         yield gather(3, 9, **variant)
         yield gather(8, 25, index="out of range", **variant)
+    for begin in (0, 5, 13, -3, 16, 2**63 - 1, -(2**63)):  # within the 16 positions, beyond either end, far away
+        yield gather(8, 9, begin=begin)
+    yield gather(0, 5, begin=0)
+    yield gather(7, 25, index="out of range", begin=4, noise_sigma=0.5, affine=True, offset=1)
+    yield gather(40, 49, begin=30, multiprocessors=ONE_BLOCK)
+    for N in (0, 1, 2, 5, 127, 255, 256, 257, 1025):
+        yield shuffle(N, offset=N % 2)
+    yield shuffle(1500, multiprocessors=ONE_BLOCK, seed=2**64 - 1, epoch=2**32 - 1)
+    for by in (0, 512, 2**63 - 1):
+        yield advance(by, step=4.0)
+    yield advance(512, begin=-(2**63), offset=1)
+    for n in (0, 1, 3, 4, 37, 1000):
+        yield to_bfloat16(n)
+    yield to_bfloat16(1000, offset=1)
+    yield to_bfloat16(1100, multiprocessors=ONE_BLOCK)
 
 
 def representative() -> list[Case]:
@@ -71,6 +95,7 @@ def _shapes(shapes, sizes):
     around_registers = [(3, 32 * items + more) for items in filter(None, ROW_BLOCKS) for more in (0, 1)]
     for (B, C), offset in itertools.product([*shapes, *around_registers, (2, 5000)], OFFSETS):
         yield softmax_cross_entropy(B, C, offset=offset)
+        yield softmax_cross_entropy(B, C, offset=offset, padding=3, confusion=C < 600)
     for P, offset in itertools.product(sizes, OFFSETS):
         few = P not in (5, 1023)  # every setting with sizes that fill packs and leave a rest
         for step, settings in itertools.product((1, 1000), references.ADAM_CASES):
@@ -83,8 +108,12 @@ def _shapes(shapes, sizes):
     for (B, D), offset in itertools.product([*shapes, (5, 784)], OFFSETS):
         yield gather(B, D, offset=offset, mean=0.17, scale=3.0)
         yield gather(B, D, offset=offset, noise_sigma=0.5)
+        yield gather(B, D, offset=offset, begin=B // 3)
         if int(D**0.5) ** 2 == D:
             yield gather(B, D, offset=offset, affine=True)
+    for N, offset in itertools.product(sizes, OFFSETS):
+        yield shuffle(N, offset=offset, seed=1)
+        yield to_bfloat16(N, offset=offset)
 
 
 def _large():
@@ -100,6 +129,9 @@ def _large():
     yield sgd(1_500_001, settings="plain", velocity=False)
     yield gather(2000, 784)
     yield gather(2000, 784, noise_sigma=0.5, affine=True)
+    yield softmax_cross_entropy(20_000, 47, padding=1, confusion=True)
+    yield shuffle(1_048_577)
+    yield to_bfloat16(3_000_001)
 
 
 def shared(least: int) -> list[Case]:
@@ -111,6 +143,8 @@ def shared(least: int) -> list[Case]:
         softmax_cross_entropy(rows, 47, offset=1), softmax_cross_entropy(rows, 47, labels="out of range"),
         adam(2 * least + 1), sgd(3 * least, offset=1), sgd(3 * least, settings="plain", velocity=False),
         gather(2 * rows, 47, offset=1, index="out of range"), gather(rows, 49, noise_sigma=0.5, affine=True),
+        softmax_cross_entropy(rows, 47, padding=1, confusion=True), gather(2 * rows, 47, begin=rows),
+        shuffle(least // 8 + 1, seed=2), to_bfloat16(6 * least),
     ]  # fmt: skip
 
 

@@ -131,12 +131,12 @@ class Backend:
         return flat.reshape(values.shape)
 
     def outputs(self, *shape, dtype=np.float32, offset=0):
-        """An output full of NaN (integers: -7), and a check that nothing beside it was written."""
+        """An output full of NaN (integers: -7, wrapped where unsigned), and a check that nothing beside it was written."""
         size = int(np.prod(shape))
         begin = self.padding + offset
         buffer = self.xp.full(begin + size + self.padding, _SENTINEL, dtype)
         out = buffer[begin : begin + size]
-        out[...] = np.nan if np.issubdtype(dtype, np.floating) else -7
+        out[...] = np.nan if np.issubdtype(dtype, np.floating) else np.int64(-7).astype(dtype)
         before = to_numpy(buffer).copy()
 
         def assert_surroundings_intact():

@@ -77,6 +77,17 @@ def logits_and_labels(rng, B, C):
     return logits.astype(np.float32), rng.integers(0, C, B).astype(np.int32)
 
 
+def confusion(logits, labels):
+    """Counts at [label, prediction]; a label out of range counts nowhere."""
+    C = logits.shape[1]
+    counts = np.zeros((C, C), np.int64)
+    for row, label in zip(logits, labels, strict=True):
+        numbers = [(value, -j) for j, value in enumerate(row.tolist()) if value == value]
+        if 0 <= label < C:
+            counts[label, -max(numbers, default=(0, 0))[1]] += 1
+    return counts
+
+
 def softmax_cross_entropy(logits, labels, scale):
     """Row losses, dlogits, softmax and the number of rows that are right; a label out of range gives NaN."""
     x = logits.astype(np.float64)
@@ -217,6 +228,11 @@ def warped(images, affine):
     return result
 
 
+def positions(index, begin, B):
+    """index[begin : begin + B], and -1 where a position is outside of it."""
+    return np.array([index[p] if 0 <= p < len(index) else -1 for p in range(begin, begin + B)], np.int32)
+
+
 def gather_checks(x, y, images, labels, index, *, mean=0.0, scale=1.0, noise_sigma=0.0, seed=0, affine=None):
     valid = (index >= 0) & (index < len(images))
     safe = np.where(valid, index, 0)
@@ -227,3 +243,56 @@ def gather_checks(x, y, images, labels, index, *, mean=0.0, scale=1.0, noise_sig
     bound = abs(scale) * (ELEMENTWISE * (pixels + np.abs(added) + abs(mean)) + absolute)
     yield Check("x", x, expected, ELEMENTWISE + absolute, bound / (ELEMENTWISE + absolute))
     yield Check("y", y, np.where(valid, labels[safe], -1), 0.0)
+
+
+# ---- shuffle
+
+
+def _mixed(x):
+    """fmix32 of MurmurHash3, in whole numbers without a limit."""
+    x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+    x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+    return x ^ x >> 16
+
+
+def permutation(N, seed, epoch):
+    """The positions from which shuffle takes its elements, one at a time, as src/shuffle.cuh describes them."""
+    counter = [np.array([word], np.uint64) for word in (epoch, 0, 0, 1)]
+    words = [int(word[0]) for word in plain._philox4x32(np, counter, seed % 2**32, seed // 2**32)]
+    bits = 8
+    while 2**bits < N:
+        bits += 1
+    sizes = 2 ** (bits // 2), 2 ** (bits - bits // 2)
+    result = np.empty(N, np.int64)
+    for i in range(N):
+        x = i
+        while True:
+            halves = [x % sizes[0], x // sizes[0]]
+            for k in range(8):
+                key = (words[k % 4] + k * 0x9E3779B9) % 2**32
+                halves[k % 2] ^= _mixed(halves[1 - k % 2] ^ key) % sizes[k % 2]
+            x = halves[1] * sizes[0] + halves[0]
+            if x < N:
+                break
+        result[i] = x
+    return result
+
+
+# ---- to_bfloat16
+
+
+def bfloat16(x):
+    """The bits of the bfloat16 numbers nearest to float32 x, of two the even one, by comparing distances."""
+    bits = x.view(np.uint32)
+    below = bits >> 16  # towards zero; the next one, without the sign, is one more
+    size, low, high = (_magnitude(b) for b in (bits, below << 16, (below + 1) << 16))
+    up = (high - size < size - low) | ((high - size == size - low) & (below % 2 == 1))
+    result = np.where(np.isinf(x), below, below + up)
+    return np.where(np.isnan(x), below | 0x40, result).astype(np.uint16)
+
+
+def _magnitude(bits):
+    """|x| in float64 of the bits of float32 x; 2^128 of infinity's."""
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        value = np.abs(bits.view(np.float32).astype(np.float64))
+    return np.where(np.isinf(value), 2.0**128, value)

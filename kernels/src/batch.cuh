@@ -46,10 +46,11 @@ DEVICE float normalise(float p, const GatherSettings& s) { return (p - s.mean) *
 
 DEVICE bool is_image(index_t source, index_t M) { return source >= 0 && source < M; }
 
-// The image in row b of the batch, from an index of N: -1 where its position offset + b, which may be beyond what an
-// index_t holds, lies outside.
-DEVICE index_t source_of(const int* index, index_t N, index_t offset, index_t b) {
-  return offset >= -b && offset < N - b ? index[offset + b] : -1;
+// The image in row b of the batch, from an index of N: -1 where position offset + b lies outside. Unsigned, the sum may
+// wrap, and a negative position is a large one.
+DEVICE int source_of(const int* index, index_t N, index_t offset, index_t b) {
+  const unsigned long long position = (unsigned long long)offset + (unsigned long long)b;
+  return position < (unsigned long long)N ? index[position] : -1;
 }
 
 // What changes from step to step, moved on where a captured launch reads it. The sum wraps, as NumPy's does.
@@ -88,13 +89,13 @@ DEVICE int gather_label(const int* labels, index_t source, index_t M) {
 
 DEVICE void gather_grid(const GatherSettings& s, const unsigned char* images, const int* labels, const int* index,
                         const index_t* offset, const float* affine, float* x, int* y, index_t B, index_t N) {
-  const index_t begin = offset ? *offset : 0;
   const index_t quads = (s.D + 3) / 4, total = B * quads;
   const index_t thread = blockIdx.x * (index_t)blockDim.x + threadIdx.x;
   for (index_t q = thread; q < total; q += gridDim.x * (index_t)blockDim.x) {
     const index_t b = q / quads;
     const int d = 4 * (int)(q - b * quads);
-    const index_t source = source_of(index, N, begin, b);
+    // Read for each quad: kept over the loop, the offset would take registers that warp and noise need.
+    const int source = source_of(index, N, offset ? *offset : 0, b);
     gather_quad(s, images, source, affine ? affine + 6 * b : nullptr, x + b * s.D, d);
     if (d == 0) y[b] = gather_label(labels, source, s.M);
   }

@@ -1,9 +1,10 @@
 // float32 to bfloat16, which is float32 without its last 16 bits: rounded to nearest, ties to even.
 //
-// Adding 0x7FFF, and 1 more where the last bit that stays is odd, carries into the bits that stay just where they
-// must grow, the exponent included: above the largest bfloat16 it gives infinity. Infinities and zeros keep their bits. Where a NaN
-// would carry into an infinity its quiet bit is set instead. Integers alone are computed with, so that -ftz=true does
-// not flush denormals.
+//   y = (bits(x) + 0x7FFF + (bits(x) >> 16 & 1)) >> 16;  NaN: bits(x) >> 16, with the quiet bit set
+//
+// The sum carries into the bits that stay just where they must grow, through the exponent if need be: from the largest
+// numbers to infinity. Infinities and zeros keep their bits, and a NaN must not be carried into one. Integers alone
+// are computed with, so denormals are rounded like other numbers, although the GPU is told to flush them.
 //
 // x: (n,) float32, y: (n,) uint16. Bytes per element: 6. Launch: flat, grid-stride, 4 elements per thread.
 #pragma once

@@ -3,13 +3,14 @@
 //   loss       = scale sum_r (log sum_j exp(x[r, j]) - x[r, label[r]])
 //   dlogits[r] = scale (softmax(x[r]) - onehot(label[r]))
 //
-// x: the first C columns of (B, N) float32, label: (B,) int32. The other columns, which make rows start on 16 bytes,
-// are padding: not read, and 0 in dlogits. Everything is computed from x - max(x), so logits of +-1e4 are
-// exact. A label outside [0, C) or a NaN logit makes its row's gradient and the loss NaN.
+// x: the first C of the N columns of logits, (B, N) float32; label: (B,) int32. The other columns are padding, with
+// which rows start on 16 bytes (47 classes in 48 columns): not read, and 0 in dlogits.
+// Everything is computed from x - max(x), so logits of +-1e4 are exact. A label outside [0, C) or a NaN logit makes its
+// row's gradient and the loss NaN.
 // Bytes per element: 8. Launch: one warp per row, grid-stride, 8 warps per block. A row of up to 1024
 // classes lives in registers (47 classes: 2 per lane); longer rows keep exp(x - max) in dlogits.
-// With `confusion`, (C, C) counts, a row adds one at [label, prediction], the first largest logit: integers, so the
-// order in which rows add changes nothing.
+// With `confusion`, (C, C) counts, a row adds 1 at [label, prediction], the first largest logit: whole numbers, so
+// the order of the atomic additions changes nothing.
 // Row losses are added in a fixed order: lane, warp, block, and at the end by the last block.
 #pragma once
 #include "common.cuh"
@@ -33,19 +34,13 @@ struct RowResult {
   int correct; // 1 where the label is the first largest logit
 };
 
-// confusion: null, or (C, C) counts.
 template <class Row>
-DEVICE RowResult softmax_xent_row(Row row, const float* x, float* dx, int C, int N, int label, float scale,
-                                  unsigned long long* confusion) {
+DEVICE RowResult softmax_xent_row(Row row, const float* x, float* dx, int C, int label, float scale) {
   constexpr int K = Row::items;
   const bool valid = label >= 0 && label < C;
   const float own = valid ? x[label] : not_a_number();
   const float largest = Group::max<K>(C, [&](int, int j) { return x[j]; });
   const bool beaten = Group::any<K>(C, [&](int, int j) { return x[j] == largest && j < label; });
-  if (confusion && valid) {  // NaN is passed over; where all are NaN, class 0
-    const int first = Group::first<K>(C, [&](int, int j) { return x[j] == largest; });
-    if (Group::lane() == 0) add_one(confusion + (index_t)label * C + (first < C ? first : 0));
-  }
   Group::sync();  // dx may be x, and another lane writes where `own` was read
 
   Group::for_each<K>(C, [&](int k, int j) { row.at(k, j) = exponential(x[j] - largest); });
@@ -53,8 +48,20 @@ DEVICE RowResult softmax_xent_row(Row row, const float* x, float* dx, int C, int
   const float loss = logf(total) + (largest - own);
   const float factor = valid ? scale / total : not_a_number();
   Group::for_each<K>(C, [&](int k, int j) { dx[j] = row.at(k, j) * factor - (j == label ? scale : 0.0f); });
-  Group::for_each<0>(N - C, [&](int, int j) { dx[C + j] = 0.0f; });
   return {loss, own == largest && !beaten && loss == loss ? 1 : 0};
+}
+
+// Ahead of softmax_xent_row, for the calls that want it: the row's count in `confusion`, unless that is null, and zeros
+// in its columns from C on. A pass of its own, which leaves the logits in the cache, because within that function it
+// would take registers from every call.
+template <int K>
+DEVICE void confusion_and_padding(const float* x, float* dx, int C, int N, int label, unsigned long long* confusion) {
+  if (confusion && label >= 0 && label < C) {
+    const float largest = Group::max<K>(C, [&](int, int j) { return x[j]; });
+    const int first = Group::first<K>(C, [&](int, int j) { return x[j] == largest; });
+    if (Group::lane() == 0) add_one(confusion + (index_t)label * C + (first < C ? first : 0));  // 0 if all are NaN
+  }
+  Group::for_each<0>(N - C, [&](int, int j) { dx[C + j] = 0.0f; });
 }
 
 #ifdef __CUDACC__
@@ -73,27 +80,37 @@ template <class T> DEVICE T block_sum(T x) {
   return threadIdx.x == 0 ? sums[0] : T();
 }
 
+// f(r) for every row of this warp.
+template <class F> DEVICE void each_row(index_t B, F f) {
+  const int warps = XENT_THREADS / 32;
+  for (index_t r = blockIdx.x * (index_t)warps + threadIdx.x / 32; r < B; r += gridDim.x * (index_t)warps) f(r);
+}
+
 // loss: one float. totals: null, or 2 doubles to which the sum of the row losses and the number of correct
 // rows are added. partial: (gridDim.x, 2) floats of scratch; counter: one zero.
 template <int ITEMS>
 DEVICE void softmax_xent_block(const float* logits, const int* labels, float* dlogits, float* loss,
                                double* totals, unsigned long long* confusion, float* partial, unsigned* counter,
                                index_t B, int C, int N, float scale) {
-  const int warps = XENT_THREADS / 32;
+  if (confusion || N > C) {
+    constexpr int K = ITEMS > 8 ? 0 : ITEMS;  // unrolled, more than 8 columns of a lane would take more registers
+    each_row(B, [&](index_t r) {
+      confusion_and_padding<K>(logits + r * N, dlogits + r * N, C, N, labels[r], confusion);
+    });
+  }
   float losses = 0.0f;
   int correct = 0;
-  for (index_t r = blockIdx.x * (index_t)warps + threadIdx.x / 32; r < B; r += gridDim.x * (index_t)warps) {
-    const float* const x = logits + r * N;
+  each_row(B, [&](index_t r) {
     float* const dx = dlogits + r * N;
     RowResult result;
     if constexpr (ITEMS > 0) {
-      result = softmax_xent_row(InRegisters<ITEMS>{}, x, dx, C, N, labels[r], scale, confusion);
+      result = softmax_xent_row(InRegisters<ITEMS>{}, logits + r * N, dx, C, labels[r], scale);
     } else {
-      result = softmax_xent_row(InMemory{dx}, x, dx, C, N, labels[r], scale, confusion);
+      result = softmax_xent_row(InMemory{dx}, logits + r * N, dx, C, labels[r], scale);
     }
     losses += result.loss;
     correct += result.correct;
-  }
+  });
   const bool counts = Group::lane() == 0;
   const float block_loss = block_sum(counts ? losses : 0.0f);
   const int block_correct = block_sum(counts ? correct : 0);

@@ -94,10 +94,13 @@ EXPORT void softmax_xent(const float* logits, const int* labels, float* dlogits,
   struct Sum { double loss, correct; };
   std::vector<Sum> partial(chunks.count);
   over_rows(chunks, [&](index_t k, Rows rows) {
+    if (confusion || N > C)
+      for (index_t r = rows.begin; r < rows.end; ++r)
+        confusion_and_padding<0>(logits + r * N, dlogits + r * N, C, N, labels[r], confusion);
     Sum sum{0.0, 0.0};
     for (index_t r = rows.begin; r < rows.end; ++r) {
       float* const dx = dlogits + r * N;
-      const RowResult result = softmax_xent_row(InMemory{dx}, logits + r * N, dx, C, N, labels[r], scale, confusion);
+      const RowResult result = softmax_xent_row(InMemory{dx}, logits + r * N, dx, C, labels[r], scale);
       sum.loss += result.loss;
       sum.correct += result.correct;
     }
