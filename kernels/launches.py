@@ -117,7 +117,7 @@ class Launches:
     def gather_batch(self, images, labels, numbers, index, offset, affine, x, y, side, mean, scale, noise_sigma, seed):
         (M, D), B = images.shape, x.shape[0]
         grid, block = self._flat_shape(B * 4 * _divide_up(D, 4))
-        self._device.function("gather")(
+        self._device.function("gather" if numbers is None else "gather_part")(
             grid, block,
             (images, labels, _pointer(numbers), index, _pointer(offset), _pointer(affine), x, y, np.int64(B),
              np.int64(index.size), np.int64(M), np.int32(D), np.int32(side), np.float32(mean), np.float32(scale),

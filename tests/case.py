@@ -171,7 +171,7 @@ def sgd(*shape, **variant) -> Case:
     return _case("sgd", _sgd, *shape, **variant)
 
 
-def _gather(rng, backend, B, D, images=7, offset=0, index="", affine=False, begin=None, **settings):
+def _gather(rng, backend, B, D, images=7, offset=0, index="", affine=False, begin=None, part=False, **settings):
     pixels = rng.integers(0, 256, (images, D), np.uint8)
     labels = rng.integers(-5, 50, images).astype(np.int32)
     rows, maps = rng.integers(0, images, B if begin is None else 2 * B).astype(np.int32), None
@@ -179,22 +179,24 @@ def _gather(rng, backend, B, D, images=7, offset=0, index="", affine=False, begi
         rows[1::2] = np.resize((*OUT_OF_RANGE, images), rows[1::2].size)
     if affine:
         maps = (np.eye(2, 3) + rng.normal(0, 0.3, (B, 2, 3)) * [1, 1, D**0.5 / 2]).astype(np.float32)
+    numbers = rng.permutation(1000)[:images] if part else None
     x, intact = _output(backend, offset, shape=(B, D))
     y, y_intact = _output(backend, offset, shape=(B,), dtype=np.int32)
     backend.ops.gather_batch(
         backend.array(pixels, np.uint8, offset), backend.array(labels, np.int32, offset),
         backend.array(rows, np.int32, offset), out_x=x, out_y=y, seed=SEED,
         offset=None if begin is None else backend.array([begin], np.int64, offset),
-        affine=None if maps is None else backend.array(maps, offset=offset), **settings,
+        affine=None if maps is None else backend.array(maps, offset=offset),
+        numbers=None if numbers is None else backend.array(numbers, np.int32, offset), **settings,
     )  # fmt: skip
     intact()
     y_intact()
     rows = rows if begin is None else references.positions(rows, begin, B)
-    return references.gather_checks(x, y, pixels, labels, rows, seed=SEED, affine=maps, **settings)
+    return references.gather_checks(x, y, pixels, labels, rows, seed=SEED, affine=maps, numbers=numbers, **settings)
 
 
 def gather(*shape, **variant) -> Case:
-    return _case("gather", _gather, *shape, **variant)
+    return _case("gather_part" if variant.get("part") else "gather", _gather, *shape, **variant)
 
 
 def _shuffle(rng, backend, N, offset=0, seed=SEED, epoch=3):

@@ -69,6 +69,9 @@ def _representative():
         yield gather(8, 9, begin=begin)
     yield gather(0, 5, begin=0)
     yield gather(7, 25, index="out of range", begin=4, noise_sigma=0.5, affine=True, offset=1)
+    yield gather(7, 25, part=True, index="out of range", begin=4, noise_sigma=0.5, affine=True)
+    yield gather(3, 9, part=True, noise_sigma=0.5, offset=1)
+    yield gather(3, 16, part=True)
     yield gather(40, 49, begin=30, multiprocessors=ONE_BLOCK)
     for N in (0, 1, 2, 5, 127, 255, 256, 257, 1025):
         yield shuffle(N, offset=N % 2)

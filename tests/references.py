@@ -233,11 +233,13 @@ def positions(index, begin, B):
     return np.array([index[p] if 0 <= p < len(index) else -1 for p in range(begin, begin + B)], np.int32)
 
 
-def gather_checks(x, y, images, labels, index, *, mean=0.0, scale=1.0, noise_sigma=0.0, seed=0, affine=None):
+def gather_checks(x, y, images, labels, index, *, mean=0.0, scale=1.0, noise_sigma=0.0, seed=0, affine=None,
+                  numbers=None):  # fmt: skip
     valid = (index >= 0) & (index < len(images))
     safe = np.where(valid, index, 0)
     pixels = images[safe] / 255.0 if affine is None else warped(images[safe], affine)
-    added = noise_sigma * noise(safe, images.shape[1], seed) if noise_sigma else np.zeros_like(pixels)
+    counted = safe if numbers is None else numbers[safe]
+    added = noise_sigma * noise(counted, images.shape[1], seed) if noise_sigma else np.zeros_like(pixels)
     expected = np.where(valid[:, None], (pixels + added - mean) * scale, np.nan)
     absolute = noise_sigma * NOISE + (0.0 if affine is None else WARP)
     bound = abs(scale) * (ELEMENTWISE * (pixels + np.abs(added) + abs(mean)) + absolute)

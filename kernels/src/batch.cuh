@@ -12,7 +12,8 @@
 // An index outside [0, M) gives a NaN row and label -1.
 // With `offset`, one number on the device, the batch is index[offset : offset + B] instead of the whole index, so that
 // a captured launch goes on from step to step; a position outside the index is no image either. advance() moves it.
-// Bytes per element: 5. Launch: flat, grid-stride, one thread per 4 pixels.
+// Bytes per element: 5. Launch: flat, grid-stride, one thread per 4 pixels; gather_part, with numbers, is a kernel of
+// its own, because it takes more registers.
 #pragma once
 #include "common.cuh"
 #include "random.cuh"
@@ -22,7 +23,7 @@ struct GatherSettings {
   unsigned seed_low, seed_high;
   int D, side;          // side: sqrt(D) where affine is used
   index_t M;
-  const int* numbers;   // or null
+  const int* numbers;
 };
 
 DEVICE float pixel_or_zero(const unsigned char* image, int column, int row, int side) {
@@ -59,7 +60,8 @@ DEVICE void advance_step(index_t* offset, index_t by, float* step) {
   if (step) *step += 1.0f;
 }
 
-// The up to 4 pixels from d on of one row of the batch. `affine` is the row's matrix or null.
+// The up to 4 pixels from d on of one row of the batch. `affine` is the row's matrix or null. PART: there are numbers.
+template <bool PART>
 DEVICE void gather_quad(const GatherSettings& s, const unsigned char* images, index_t source, const float* affine,
                         float* x, int d) {
   if (!is_image(source, s.M)) {
@@ -73,7 +75,7 @@ DEVICE void gather_quad(const GatherSettings& s, const unsigned char* images, in
     p[k] = (affine ? warped_pixel(image, affine, e, s.side) : (float)image[e]) * (1.0f / 255.0f);
   }
   if (s.noise_sigma != 0.0f) {
-    const Normals n = normals(d / 4, (unsigned)(s.numbers ? s.numbers[source] : source), s.seed_low, s.seed_high);
+    const Normals n = normals(d / 4, (unsigned)(PART ? s.numbers[source] : source), s.seed_low, s.seed_high);
     UNROLL for (int k = 0; k < 4; ++k) p[k] += s.noise_sigma * n.v[k];
   }
   UNROLL for (int k = 0; k < 4; ++k) p[k] = normalise(p[k], s);
@@ -87,6 +89,7 @@ DEVICE int gather_label(const int* labels, index_t source, index_t M) {
 
 #ifdef __CUDACC__
 
+template <bool PART>
 DEVICE void gather_grid(const GatherSettings& s, const unsigned char* images, const int* labels, const int* index,
                         const index_t* offset, const float* affine, float* x, int* y, index_t B, index_t N) {
   const index_t quads = (s.D + 3) / 4, total = B * quads;
@@ -96,7 +99,7 @@ DEVICE void gather_grid(const GatherSettings& s, const unsigned char* images, co
     const int d = 4 * (int)(q - b * quads);
     // Read for each quad: kept over the loop, the offset would take registers that warp and noise need.
     const int source = source_of(index, N, offset ? *offset : 0, b);
-    gather_quad(s, images, source, affine ? affine + 6 * b : nullptr, x + b * s.D, d);
+    gather_quad<PART>(s, images, source, affine ? affine + 6 * b : nullptr, x + b * s.D, d);
     if (d == 0) y[b] = gather_label(labels, source, s.M);
   }
 }

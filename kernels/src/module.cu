@@ -67,12 +67,17 @@ KERNEL(8) sgd(float* p, const float* g, float* velocity, index_t n, float lr, co
   sgd_range(Range{n}, p, g, velocity, lr_pointer ? *lr_pointer : lr, momentum, weight_decay);
 }
 
-KERNEL(8) gather(const unsigned char* images, const int* labels, const int* numbers, const int* index,
-                 const index_t* offset, const float* affine, float* x, int* y, index_t B, index_t N, index_t M, int D,
-                 int side, float mean, float scale, float noise_sigma, unsigned seed_low, unsigned seed_high) {
-  gather_grid({mean, scale, noise_sigma, seed_low, seed_high, D, side, M, numbers}, images, labels, index, offset,
-              affine, x, y, B, N);
-}
+#define GATHER(name, PART, blocks)                                                                            \
+  KERNEL(blocks) name(const unsigned char* images, const int* labels, const int* numbers, const int* index,   \
+                      const index_t* offset, const float* affine, float* x, int* y, index_t B, index_t N,     \
+                      index_t M, int D, int side, float mean, float scale, float noise_sigma,                 \
+                      unsigned seed_low, unsigned seed_high) {                                                \
+    gather_grid<PART>({mean, scale, noise_sigma, seed_low, seed_high, D, side, M, numbers}, images, labels,   \
+                      index, offset, affine, x, y, B, N);                                                     \
+  }
+
+GATHER(gather, false, 8)
+GATHER(gather_part, true, 6)
 
 KERNEL(8) shuffle(const int* index, int* out, index_t N, unsigned seed_low, unsigned seed_high, unsigned epoch) {
   shuffle_grid(index, out, N, seed_low, seed_high, epoch);

@@ -148,7 +148,11 @@ EXPORT void gather(const unsigned char* images, const int* labels, const int* nu
       float* const row = x + b * D;
       y[b] = gather_label(labels, source, M);
       if (!is_image(source, M) || affine || noise_sigma != 0.0f) {
-        for (int d = 0; d < D; d += 4) gather_quad(settings, images, source, affine ? affine + 6 * b : nullptr, row, d);
+        for (int d = 0; d < D; d += 4) {
+          const float* const map = affine ? affine + 6 * b : nullptr;
+          if (numbers) gather_quad<true>(settings, images, source, map, row, d);
+          else gather_quad<false>(settings, images, source, map, row, d);
+        }
         continue;
       }
       alignas(64) float block[STREAM_BLOCK];
