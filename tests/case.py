@@ -171,10 +171,10 @@ def sgd(*shape, **variant) -> Case:
     return _case("sgd", _sgd, *shape, **variant)
 
 
-def _gather(rng, backend, B, D, images=7, offset=0, index="", affine=False, begin=None, part=False, **settings):
+def _gather(rng, backend, B, D, images=7, offset=0, index="", affine=False, begin="", part=False, **settings):
     pixels = rng.integers(0, 256, (images, D), np.uint8)
     labels = rng.integers(-5, 50, images).astype(np.int32)
-    rows, maps = rng.integers(0, images, B if begin is None else 2 * B).astype(np.int32), None
+    rows, maps = rng.integers(0, images, 2 * B if begin else B).astype(np.int32), None
     if index:
         rows[1::2] = np.resize((*OUT_OF_RANGE, images), rows[1::2].size)
     if affine:
@@ -185,13 +185,13 @@ def _gather(rng, backend, B, D, images=7, offset=0, index="", affine=False, begi
     backend.ops.gather_batch(
         backend.array(pixels, np.uint8, offset), backend.array(labels, np.int32, offset),
         backend.array(rows, np.int32, offset), out_x=x, out_y=y, seed=SEED,
-        offset=None if begin is None else backend.array([begin], np.int64, offset),
+        offset=backend.array([int(begin)], np.int64, offset) if begin else None,
         affine=None if maps is None else backend.array(maps, offset=offset),
         numbers=None if numbers is None else backend.array(numbers, np.int32, offset), **settings,
     )  # fmt: skip
     intact()
     y_intact()
-    rows = rows if begin is None else references.positions(rows, begin, B)
+    rows = references.positions(rows, int(begin), B) if begin else rows
     return references.gather_checks(x, y, pixels, labels, rows, seed=SEED, affine=maps, numbers=numbers, **settings)
 
 

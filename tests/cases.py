@@ -66,13 +66,13 @@ def _representative():
         yield gather(3, 9, **variant)
         yield gather(8, 25, index="out of range", **variant)
     for begin in (0, 5, 13, -3, 16, 2**63 - 1, -(2**63)):  # within the 16 positions, beyond either end, far away
-        yield gather(8, 9, begin=begin)
-    yield gather(0, 5, begin=0)
-    yield gather(7, 25, index="out of range", begin=4, noise_sigma=0.5, affine=True, offset=1)
-    yield gather(7, 25, part=True, index="out of range", begin=4, noise_sigma=0.5, affine=True)
+        yield gather(8, 9, begin=str(begin))
+    yield gather(0, 5, begin="0")
+    yield gather(7, 25, index="out of range", begin="4", noise_sigma=0.5, affine=True, offset=1)
+    yield gather(7, 25, part=True, index="out of range", begin="4", noise_sigma=0.5, affine=True)
     yield gather(3, 9, part=True, noise_sigma=0.5, offset=1)
     yield gather(3, 16, part=True)
-    yield gather(40, 49, begin=30, multiprocessors=ONE_BLOCK)
+    yield gather(40, 49, begin="30", multiprocessors=ONE_BLOCK)
     for N in (0, 1, 2, 5, 127, 255, 256, 257, 1025):
         yield shuffle(N, offset=N % 2)
     yield shuffle(1500, multiprocessors=ONE_BLOCK, seed=2**64 - 1, epoch=2**32 - 1)
@@ -111,7 +111,7 @@ def _shapes(shapes, sizes):
     for (B, D), offset in itertools.product([*shapes, (5, 784)], OFFSETS):
         yield gather(B, D, offset=offset, mean=0.17, scale=3.0)
         yield gather(B, D, offset=offset, noise_sigma=0.5)
-        yield gather(B, D, offset=offset, begin=B // 3)
+        yield gather(B, D, offset=offset, begin=str(B // 3))
         if int(D**0.5) ** 2 == D:
             yield gather(B, D, offset=offset, affine=True)
     for N, offset in itertools.product(sizes, OFFSETS):
@@ -146,7 +146,7 @@ def shared(least: int) -> list[Case]:
         softmax_cross_entropy(rows, 47, offset=1), softmax_cross_entropy(rows, 47, labels="out of range"),
         adam(2 * least + 1), sgd(3 * least, offset=1), sgd(3 * least, settings="plain", velocity=False),
         gather(2 * rows, 47, offset=1, index="out of range"), gather(rows, 49, noise_sigma=0.5, affine=True),
-        softmax_cross_entropy(rows, 47, padding=1, confusion=True), gather(2 * rows, 47, begin=rows),
+        softmax_cross_entropy(rows, 47, padding=1, confusion=True), gather(2 * rows, 47, begin=str(rows)),
         shuffle(least // 8 + 1, seed=2), to_bfloat16(6 * least),
     ]  # fmt: skip
 

@@ -131,7 +131,7 @@ class Backend:
         return flat.reshape(values.shape)
 
     def outputs(self, *shape, dtype=np.float32, offset=0):
-        """An output full of NaN (integers: -7, wrapped where unsigned), and a check that nothing beside it was written."""
+        """An output full of NaN (integers: -7, which wraps), and a check that nothing beside it was written."""
         size = int(np.prod(shape))
         begin = self.padding + offset
         buffer = self.xp.full(begin + size + self.padding, _SENTINEL, dtype)

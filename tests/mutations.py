@@ -40,15 +40,18 @@ WORKERS = 2
 TESTS = tuple(
     f"tests/test_{name}.py"
     for name in ("launch_shapes", "softmax_cross_entropy", "gather_batch", "bias_act", "optimizer_steps",
-                 "sanitizers", "determinism", "host_library", "host_sanitizers")
+                 "shuffle", "to_bfloat16", "advance", "sanitizers", "determinism", "host_library", "host_sanitizers")
 )  # fmt: skip
-_, XENT, GATHER, BIAS_ACT, STEPS, *_ = TESTS
+_, XENT, GATHER, BIAS_ACT, STEPS, SHUFFLE, CONVERT, *_ = TESTS
 # file -> the tests that most likely notice, and where it runs, unless a mutation says otherwise
 FIRST = {
     "kernels/src/bias_act.cuh": (BIAS_ACT, ""),
     "kernels/src/softmax_xent.cuh": (XENT, ""),
     "kernels/src/adam.cuh": (STEPS, ""),
     "kernels/src/batch.cuh": (GATHER, ""),
+    "kernels/src/random.cuh": (GATHER, ""),
+    "kernels/src/shuffle.cuh": (SHUFFLE, ""),
+    "kernels/src/convert.cuh": (CONVERT, ""),
     "kernels/src/common.cuh": (BIAS_ACT, "simt"),
     "kernels/src/module.cu": (BIAS_ACT, "simt"),
     "kernels/launches.py": (BIAS_ACT, "simt"),

@@ -18,7 +18,7 @@ from kernels import ACTIVATIONS, plain, simt
 
 from .backends import SimtOps, simt_backend
 from .checks import EPS, assert_close, assert_same_bits
-from .references import NOISE, WARP, adam, sgd
+from .references import NOISE, WARP, adam, bfloat16, confusion, permutation, positions, sgd
 
 torch = pytest.importorskip("torch")
 
@@ -183,6 +183,28 @@ def test_softmax_cross_entropy(data):
             assert_close(dlogits, exact[1], 1.0, 2 * TINY, bound)
 
 
+@settings(deadline=None, max_examples=15)
+@given(st.data())
+def test_confusion_and_padding(data):
+    """Whole numbers: the same from every execution."""
+    B, C = data.draw(st.integers(0, 20)), data.draw(st.sampled_from([1, 2, 31, 32, 33, 47, 130]))
+    N = C + data.draw(st.integers(0, 40))
+    logits = data.draw(floats(B, N))
+    logits[:, C:] = np.nan
+    labels = np.random.default_rng(data.draw(seeds)).integers(-1, C + 1, B).astype(np.int32)
+
+    def call(ops):
+        counts, totals = np.ones((C, C), np.int64), np.zeros(2)
+        ops.softmax_cross_entropy(logits, labels, 1.0, totals=totals, confusion=counts, classes=C)
+        return counts, totals[1:]
+
+    results = run(call, data.draw(devices()))
+    for name, (counts, right) in results.items():
+        with naming(name):
+            assert_same_bits(counts, 1 + confusion(logits[:, :C], labels))
+            assert right[0] <= np.trace(counts - 1)  # rows with a NaN are predicted, yet not right
+
+
 OPTIMIZER_SPECIAL = (0.0, -0.0, 1e-45, 1e-40, 1e4, -1e4)
 
 
@@ -283,3 +305,46 @@ def test_gather_batch(data):
         noise, expected = (a.astype(np.float64) - b for a, b in ((x, clean[name][0]), noisy_and_clean_plain))
         with naming(name):
             assert_close(noise, expected, 0.0, 2 * scale * NOISE)
+
+
+@examples
+@given(st.data())
+def test_gather_batch_at_an_offset(data):
+    rng = np.random.default_rng(data.draw(seeds))
+    M, B, N = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 20)), data.draw(st.integers(0, 40))
+    begin = data.draw(st.one_of(st.integers(-25, 45), st.integers(-(2**63), 2**63 - 1)))
+    images, labels = rng.integers(0, 256, (M, 12), np.uint8), rng.integers(0, 47, M).astype(np.int32)
+    index, offset = rng.integers(0, M, N).astype(np.int32), np.array([begin])
+
+    def call(ops):
+        return ops.gather_batch(images, labels, index, offset=offset, out_x=np.zeros((B, 12), np.float32))
+
+    rows = positions(index, begin, B)
+    for name, (x, y) in run(call, data.draw(devices())).items():
+        with naming(name):
+            assert_same_bits(y, np.where(rows < 0, -1, labels[rows]).astype(np.int32))
+            assert_close(x, np.where(rows[:, None] < 0, np.nan, images[rows] / 255.0), gamma(2))
+
+
+@examples
+@given(st.data())
+def test_shuffle(data):
+    N, seed, epoch = data.draw(st.integers(0, 400)), data.draw(st.integers(0, 2**64 - 1)), data.draw(seeds)
+    index = np.random.default_rng(data.draw(seeds)).integers(-(2**31), 2**31, N).astype(np.int32)
+    results = run(lambda ops: (ops.shuffle(index, seed=seed, epoch=epoch),), data.draw(devices()))
+    results["torch"] = (plain.shuffle(torch.tensor(index), seed=seed, epoch=epoch).numpy(),)
+    for name, (result,) in results.items():
+        with naming(name):
+            assert_same_bits(result, index[permutation(N, seed, epoch)])
+
+
+@examples
+@given(st.data())
+def test_to_bfloat16(data):
+    shape = data.draw(st.lists(st.integers(0, 12), max_size=3))
+    x = data.draw(floats(*shape))
+    exact = torch.tensor(x).to(torch.bfloat16).view(torch.uint16).numpy()
+    for name, (result,) in run(lambda ops: (ops.to_bfloat16(x),), data.draw(devices())).items():
+        with naming(name):
+            assert_same_bits(result, bfloat16(x))
+            assert_same_bits(result[~np.isnan(x)], exact[~np.isnan(x)])

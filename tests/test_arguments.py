@@ -20,6 +20,9 @@ class Op:
     outputs: frozenset
     numbers: dict
     fixed: frozenset = frozenset()  # arrays whose shape the others are compared with
+    any_shape: frozenset = frozenset()  # arrays that may have any shape
+    one_element: frozenset = frozenset()  # arrays of one element
+    positional: int = 2  # leading arguments that may be given without their names
 
     def call(self, backend, *, positional=0, **changes):
         values = {name: backend.array(x, x.dtype) for name, x in self.arrays.items()} | self.numbers | changes
@@ -49,8 +52,8 @@ OPS = {
     ),
     "softmax_cross_entropy": Op(
         kernels.softmax_cross_entropy,
-        dict(logits=_f(4, 6), labels=_i(4), out=_f(4, 6), totals=np.zeros(2)),
-        frozenset({"out", "totals"}), dict(scale=0.5), frozenset({"logits"}),
+        dict(logits=_f(4, 6), labels=_i(4), out=_f(4, 6), totals=np.zeros(2), confusion=np.zeros((5, 5), np.int64)),
+        frozenset({"out", "totals", "confusion"}), dict(scale=0.5, classes=5), frozenset({"logits"}),
     ),
     "adam_step": Op(
         kernels.adam_step,
@@ -69,8 +72,31 @@ OPS = {
         frozenset({"out_x", "out_y"}), dict(mean=0.0, scale=1.0, noise_sigma=0.0, seed=0),
         frozenset({"images"}),
     ),
+    "gather_batch at an offset": Op(
+        kernels.gather_batch,
+        dict(images=np.zeros((5, 9), np.uint8), labels=_i(5), index=_i(7), offset=np.zeros(1, np.int64), out_x=_f(4, 9),
+             affine=_f(4, 2, 3), out_y=_i(4)),
+        frozenset({"out_x", "out_y"}), {}, frozenset({"images", "out_x"}), one_element=frozenset({"offset"}),
+    ),
+    "shuffle": Op(
+        kernels.shuffle,
+        dict(index=_i(6), out=_i(6)),
+        frozenset({"out"}), dict(seed=3, epoch=2), frozenset({"index"}), positional=1,
+    ),
+    "advance": Op(
+        kernels.advance,
+        dict(offset=np.zeros(1, np.int64), step=_f(1)),
+        frozenset({"offset", "step"}), dict(by=512), one_element=frozenset({"offset", "step"}), positional=1,
+    ),
+    "to_bfloat16": Op(
+        kernels.to_bfloat16,
+        dict(x=_f(4, 6), out=np.zeros((4, 6), np.uint16)),
+        frozenset({"out"}), {}, any_shape=frozenset({"x"}),
+    ),
 }  # fmt: skip
 ARGUMENTS = [(op, name) for op in OPS for name in OPS[op].arrays]
+SHAPED = [(op, name) for op, name in ARGUMENTS if name not in OPS[op].any_shape]
+LONGER = [(op, name) for op, name in ARGUMENTS if name not in OPS[op].one_element]
 OUTPUTS = [(op, name) for op in OPS for name in sorted(OPS[op].outputs)]
 NUMBERS = [(op, name) for op in OPS for name in OPS[op].numbers]
 
@@ -90,31 +116,35 @@ def _assert_refused(backend, op, error, name, value, **others):
 def test_the_valid_call_is_valid(backend, op):
     """Without this the refusals below could have other reasons."""
     OPS[op].call(backend)
-    OPS[op].call(backend, positional=2)
+    OPS[op].call(backend, positional=OPS[op].positional)
 
 
 @pytest.mark.parametrize(("op", "name"), ARGUMENTS)
 def test_dtype(backend, op, name):
     valid = OPS[op].arrays[name]
-    for dtype in (np.float16, np.float32, np.float64, np.int32, np.int64, np.uint8, np.bool_):
+    for dtype in (np.float16, np.float32, np.float64, np.int32, np.int64, np.uint8, np.uint16, np.bool_):
         if dtype != valid.dtype:
             _assert_refused(backend, op, TypeError, name, backend.array(valid, dtype))
     if backend.name == "host" and valid.itemsize > 1:
         _assert_refused(backend, op, TypeError, name, valid.astype(valid.dtype.newbyteorder()))
 
 
-@pytest.mark.parametrize(("op", "name"), ARGUMENTS)
+@pytest.mark.parametrize(("op", "name"), SHAPED)
 def test_shape(backend, op, name):
     valid = OPS[op].arrays[name]
-    wrong = [valid[None], valid.ravel() if valid.ndim > 1 else valid[:, None], np.zeros((), valid.dtype)]
-    if name not in OPS[op].fixed and name != "index":  # the others must fit to these two
+    wrong = [valid[None], valid.ravel() if valid.ndim > 1 else valid[:, None]]
+    if name in OPS[op].one_element:
+        wrong += [np.concatenate([valid, valid]), valid[:0]]
+    else:
+        wrong += [np.zeros((), valid.dtype)]
+    if name not in OPS[op].fixed | OPS[op].one_element | {"index"}:  # the others must fit to these
         wrong += [np.concatenate([valid, valid]), valid[:1], valid[:0]]
         wrong += [valid[:, :1], np.concatenate([valid, valid], 1)] if valid.ndim > 1 else []
     for array in wrong:
         _assert_refused(backend, op, ValueError, name, backend.array(array, valid.dtype))
 
 
-@pytest.mark.parametrize(("op", "name"), ARGUMENTS)
+@pytest.mark.parametrize(("op", "name"), LONGER)
 def test_not_contiguous(backend, op, name):
     valid = OPS[op].arrays[name]
     every_second = backend.array(np.repeat(valid, 2, axis=-1), valid.dtype)[..., ::2]
@@ -175,6 +205,15 @@ def test_numbers(backend, op, name):
         ("gather_batch", "noise_sigma", -0.1),
         ("gather_batch", "seed", -1),
         ("gather_batch", "seed", 2**64),
+        ("shuffle", "seed", -1),
+        ("shuffle", "seed", 2**64),
+        ("shuffle", "epoch", -1),
+        ("shuffle", "epoch", 2**32),
+        ("advance", "by", -1),
+        ("advance", "by", 2**63),
+        ("softmax_cross_entropy", "classes", 0),
+        ("softmax_cross_entropy", "classes", -1),
+        ("softmax_cross_entropy", "classes", 7),
     ],
 )
 def test_numbers_out_of_range(backend, op, name, value):
@@ -187,8 +226,37 @@ def test_scalars_in_arrays(backend, op, name):
     _assert_refused(backend, op, TypeError, name, backend.array([1.0, 1.0]))
 
 
-def test_seed_is_a_whole_number(backend):
-    _assert_refused(backend, "gather_batch", TypeError, "seed", 0.5)
+@pytest.mark.parametrize(("op", "name"), [
+    ("gather_batch", "seed"), ("shuffle", "seed"), ("shuffle", "epoch"), ("advance", "by"),
+    ("softmax_cross_entropy", "classes"),
+])  # fmt: skip
+def test_whole_numbers(backend, op, name):
+    for value in (0.5, 2.0, np.float32(2)):
+        _assert_refused(backend, op, TypeError, name, value)
+    OPS[op].call(backend, **{name: np.int64(5)})
+
+
+def test_an_offset_needs_the_rows_of_out_x(backend):
+    _assert_refused(backend, "gather_batch at an offset", ValueError, "out_x", None)
+    with pytest.raises(ValueError, match=r"out_x must be given where offset is"):
+        OPS["gather_batch at an offset"].call(backend, out_x=None, out_y=None)
+
+
+def test_arrays_of_one_element_may_be_0d(backend):
+    """And what is only read may be read-only."""
+    zero = backend.array(np.zeros(()), np.int64)
+    OPS["advance"].call(backend, offset=zero, step=backend.array(0.5))
+    assert int(to_numpy(zero)) == 512
+    if backend.name == "host":
+        zero.flags.writeable = False
+    OPS["gather_batch at an offset"].call(backend, offset=zero)
+
+
+def test_confusion_has_the_classes_that_are_asked_for(backend):
+    counts = backend.array(np.zeros((6, 6)), np.int64)
+    _assert_refused(backend, "softmax_cross_entropy", ValueError, "confusion", counts)
+    OPS["softmax_cross_entropy"].call(backend, confusion=counts, classes=None)
+    OPS["softmax_cross_entropy"].call(backend, confusion=counts, classes=6)
 
 
 def test_misaligned_within_an_element():

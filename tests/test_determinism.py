@@ -28,7 +28,9 @@ def _softmax_cross_entropy(backend, rng, B, C):
 
     def run():
         totals = backend.array([0.0, 0.0], np.float64)
-        return *kernels.softmax_cross_entropy(logits, labels, totals=totals), totals
+        counts = backend.array(np.zeros((C - 1, C - 1)), np.int64)
+        settings = dict(totals=totals, confusion=counts, classes=C - 1)
+        return *kernels.softmax_cross_entropy(logits, labels, **settings), totals, counts
 
     return run
 
@@ -64,6 +66,16 @@ def _gather_batch(backend, rng, B, N):
     return lambda: kernels.gather_batch(images, labels, index, noise_sigma=0.1, seed=4, affine=affine)
 
 
+def _shuffle(backend, rng, B, N):
+    index = backend.array(np.arange(B * N), np.int32)
+    return lambda: (kernels.shuffle(index, seed=5, epoch=6),)
+
+
+def _to_bfloat16(backend, rng, B, N):
+    x = backend.array(rng.normal(0, 2, (B, N)))
+    return lambda: (kernels.to_bfloat16(x),)
+
+
 def _matrix_product(backend, rng, B, N):
     """BLAS may run on the same threads; whole numbers make its result exact in any order."""
     a = backend.array(rng.integers(-8, 9, (min(B, 500), N)))
@@ -72,6 +84,7 @@ def _matrix_product(backend, rng, B, N):
 
 OPS = {f.__name__[1:]: f for f in (
     _bias_act, _bias_act_backward, _softmax_cross_entropy, _adam_step, _sgd_step, _gather_batch,
+    _shuffle, _to_bfloat16,
 )}  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import kernels
 from kernels import plain
 
 from .checks import ELEMENTWISE, EPS, OFFSETS, assert_close, assert_same_bits, to_numpy
-from .references import NOISE, WARP, noise, warped
+from .references import NOISE, WARP, noise, positions, warped
 
 SEED = 0xFEDC_BA98_7654_3210
 
@@ -90,6 +90,62 @@ def test_an_index_out_of_range_gives_a_nan_row_and_label_minus_1(form, rng, bad,
         assert_same_bits(y, np.array([labels[0], labels[5], -1, labels[3], -1], np.int32))
         x_intact()
         y_intact()
+
+
+BEGINNINGS = (0, 1, 17, 18, 22, 23, -1, -4, -5, -6, 2**31, -(2**31), 2**63 - 1, -(2**63), 2**63 - 3, -(2**63) + 3)
+
+
+@pytest.mark.parametrize("extra", ["none", "noise", "affine"])
+def test_a_batch_at_an_offset_on_the_device(form, rng, extra):
+    """What index[offset : offset + B] gives, to the bit; beyond either end of the index, NaN rows and labels -1."""
+    images, labels = _data(rng, 9, 16)
+    index = rng.integers(0, 9, 23)
+    index[4] = 9  # no image
+    settings = {"none": {}, "noise": dict(noise_sigma=0.5, seed=3), "affine": {}}[extra]
+    if extra == "affine":
+        settings = dict(affine=form.array(np.eye(2, 3) + rng.normal(0, 0.2, (5, 2, 3))))
+    for begin in BEGINNINGS:
+        for past, shape in ((0, ()), (1, (1,))):
+            offset = form.array(np.full(shape, begin), np.int64, past)
+            x, x_intact = form.outputs(5, 16, offset=past)
+            y, y_intact = form.outputs(5, dtype=np.int32, offset=past)
+            arrays = _arrays(form, images, labels, index, past)
+            results = form.ops.gather_batch(*arrays, offset=offset, out_x=x, out_y=y, scale=2.0, **settings)
+            assert results[0] is x and results[1] is y
+            x_intact()
+            y_intact()
+            rows = positions(index, begin, 5)
+            expected = form.ops.gather_batch(*_arrays(form, images, labels, rows, past), scale=2.0, **settings)
+            assert_same_bits(x, expected[0])
+            assert_same_bits(y, expected[1])
+            assert np.array_equal(np.isnan(to_numpy(x)).all(axis=1), (rows < 0) | (rows >= 9))
+            assert int(to_numpy(offset).ravel()[0]) == begin
+
+
+def test_the_rows_of_out_x_are_the_batch(form, rng):
+    """However long the index is: shorter than the batch, or empty; labels without an output of their own."""
+    images, labels = _data(rng, 6, 9)
+    for length, B in ((0, 3), (2, 5), (7, 7), (5, 0), (50, 1)):
+        index = rng.integers(0, 6, length)
+        x, _ = form.outputs(B, 9)
+        offset = form.array([1], np.int64)
+        _, y = form.ops.gather_batch(*_arrays(form, images, labels, index), offset=offset, out_x=x)
+        rows = positions(index, 1, B)
+        assert_same_bits(y, np.where(rows < 0, -1, labels[rows]).astype(np.int32))
+        assert_close(x, np.where(rows[:, None] < 0, np.nan, images[rows] / 255.0), ELEMENTWISE)
+
+
+def test_a_large_batch_at_an_offset(backend, rng):
+    """Enough work for the CPU to share among threads."""
+    images, labels = _data(rng, 300, 784)
+    index = rng.integers(0, 300, 5000)
+    x, x_intact = backend.outputs(2000, 784)
+    offset = backend.array([4000], np.int64)
+    _, y = backend.ops.gather_batch(*_arrays(backend, images, labels, index), offset=offset, out_x=x)
+    x_intact()
+    rows = positions(index, 4000, 2000)
+    assert_same_bits(y, np.where(rows < 0, -1, labels[rows]).astype(np.int32))
+    assert_close(x, np.where(rows[:, None] < 0, np.nan, images[rows] / 255.0), ELEMENTWISE)
 
 
 def test_noise_is_the_published_generator(form, rng):

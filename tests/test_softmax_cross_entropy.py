@@ -12,6 +12,7 @@ from kernels import plain
 from . import case
 from .backends import simt_backend
 from .checks import ELEMENTWISE, EPS, OFFSETS, REDUCTION, assert_close, assert_same_bits, to_numpy
+from .references import confusion as count
 from .references import dlogits_check, logits_and_labels, loss_check
 from .references import softmax_cross_entropy as reference
 
@@ -185,6 +186,85 @@ def test_totals_add_up_over_calls(form, rng):
         right += reference(logits, labels, 1.0)[3]
     _assert_sum(totals[0], np.concatenate(losses))
     assert float(totals[1]) == right
+
+
+def _counted(form, logits, labels, classes=None, start=0):
+    """The counts that one call adds to (C, C) counts of `start`."""
+    C = classes or logits.shape[1]
+    counts, intact = form.outputs(C, C, dtype=np.int64)
+    counts[...] = start
+    args = form.array(logits), form.array(labels, np.int32)
+    form.ops.softmax_cross_entropy(*args, confusion=counts, classes=classes)
+    intact()
+    return to_numpy(counts) - start
+
+
+def test_confusion(form, rng):
+    for B, C in form.shapes + MORE_CLASSES[:2]:
+        logits, labels = logits_and_labels(rng, B, C)
+        logits[::3] = np.round(logits[::3])  # with equal largest logits
+        labels[1::5] = np.resize([*case.OUT_OF_RANGE, C], labels[1::5].size)
+        assert_same_bits(_counted(form, logits, labels, start=3), count(logits, labels))
+
+
+def test_the_prediction_is_the_first_largest_logit_that_is_not_nan(form):
+    nan, inf = np.nan, np.inf
+    rows = {
+        (0.0, 1.0, 1.0): 1, (2.0, 2.0, 2.0): 0, (-1.0, -2.0, 0.0): 2, (nan, 1.0, 1.0): 1, (nan, nan, -5.0): 2,
+        (nan, nan, nan): 0, (-inf, -inf, -inf): 0, (nan, -inf, -inf): 1, (inf, nan, inf): 0, (0.0, inf, nan): 1,
+        (nan, -inf, -1e30): 2, (0.0, -0.0, -1.0): 0, (-0.0, 0.0, -1.0): 0,
+    }  # fmt: skip
+    for more in (0, 29, 30, 80, 1200):  # columns of NaN in between: beyond a lane's own, and beyond registers
+        logits = np.array([[*row[:2], *[nan] * more, row[2]] for row in rows], np.float32)
+        predictions = np.array([p if p < 2 else p + more for p in rows.values()])
+        labels = np.arange(len(rows)) % 3
+        expected = np.zeros((3 + more,) * 2, np.int64)
+        np.add.at(expected, (labels, predictions), 1)
+        assert_same_bits(_counted(form, logits, labels), expected)
+
+
+def test_confusion_of_a_large_batch(backend, rng):
+    """Counts of all threads and blocks meet."""
+    logits, labels = logits_and_labels(rng, 30_000, 3)
+    logits[:20_000] = [0.0, 1.0, 0.0]
+    assert_same_bits(_counted(backend, logits, labels, start=2**40), count(logits, labels))
+
+
+def test_padding(form, rng):
+    """It is not read, and 0 in dlogits; all else is as without, to the bit where the ops are fused."""
+    shapes = [(0, 3, 5), (4, 1, 2), (9, 47, 48), (33, 47, 64), (5, 32, 33), (3, 130, 200), (2, 1025, 1028), (6, 7, 7)]
+    for (B, C, N), in_place, offset in [(s, k % 2 == 1, k // 2 % 2) for s in shapes for k in range(4)]:
+        logits, labels = logits_and_labels(rng, B, C)
+        labels[2::4] = -1
+        padded = np.pad(logits, ((0, 0), (0, N - C)), constant_values=np.nan)
+        out, intact = form.outputs(B, N, offset=offset)
+        out[...] = form.array(padded)
+        x = out if in_place else form.array(padded, offset=offset)
+        totals, reference_totals = (form.array([0.0, 0.0], np.float64) for _ in range(2))
+        y = form.array(labels, np.int32)
+        loss, dlogits = form.ops.softmax_cross_entropy(x, y, 0.1, out=out, totals=totals, classes=C)
+        assert dlogits is out
+        intact()
+        expected = form.ops.softmax_cross_entropy(form.array(logits), y, 0.1, totals=reference_totals)
+        if form.ops is plain:  # NumPy may add the columns of a slice in another order
+            assert_close(dlogits[:, :C], expected[1], 2 * ELEMENTWISE)
+        else:
+            for a, b in ((loss, expected[0]), (dlogits[:, :C], expected[1]), (totals, reference_totals)):
+                assert_same_bits(a, b)
+        assert_same_bits(to_numpy(dlogits)[:, C:], np.zeros((B, N - C), np.float32))
+        assert_same_bits(_counted(form, padded, labels, classes=C), count(logits, labels))
+
+
+def test_confusion_changes_nothing_else(form, rng):
+    for C in (47, 1100):
+        logits, labels = logits_and_labels(rng, 20, C)
+        labels[3] = C
+        args, counts = (form.array(logits), form.array(labels, np.int32)), form.array(np.zeros((C, C)), np.int64)
+        for a, b in zip(
+            form.ops.softmax_cross_entropy(*args, 1.0),
+            form.ops.softmax_cross_entropy(*args, 1.0, confusion=counts), strict=True,
+        ):  # fmt: skip
+            assert_same_bits(a, b)
 
 
 def test_chunks_with_the_batch_scale_add_up_to_the_batch(backend, rng):

@@ -1,5 +1,7 @@
 """to_bfloat16 against a comparison of distances in float64, and against torch's conversion."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -27,10 +29,10 @@ def _assert_equals_torch(result, x):
     assert_same_bits(result[nan] >> 15, (x.view(np.uint32)[nan] >> 31).astype(np.uint16))
 
 
-@pytest.mark.parametrize("offset", OFFSETS)
-def test_every_exponent_and_every_tie(form, offset):
+@pytest.mark.parametrize(("offset", "out_offset"), list(itertools.product(OFFSETS, (*OFFSETS, 4))))
+def test_every_exponent_and_every_tie(form, offset, out_offset):
     x = _every_bfloat16(step=61 if form.name == "simt" else 1)
-    y, intact = form.outputs(*x.shape, dtype=np.uint16, offset=offset)
+    y, intact = form.outputs(*x.shape, dtype=np.uint16, offset=out_offset)
     assert form.ops.to_bfloat16(form.array(x, offset=offset), out=y) is y
     intact()
     assert_same_bits(y, bfloat16(x))
