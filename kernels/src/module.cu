@@ -2,6 +2,7 @@
 #include "adam.cuh"
 #include "batch.cuh"
 #include "bias_act.cuh"
+#include "gemm.cuh"
 #include "softmax_xent.cuh"
 
 // Blocks of 256 threads that a multiprocessor has room for: it holds 1024, 1536 or 2048 threads.
@@ -68,3 +69,35 @@ KERNEL(8) gather(const unsigned char* images, const int* labels, const int* inde
                  unsigned seed_low, unsigned seed_high) {
   gather_grid({mean, scale, noise_sigma, seed_low, seed_high, D, side, M}, images, labels, index, affine, x, y, B);
 }
+
+#if TENSOR_CORES
+#define ON_TENSOR_CORES(...) __VA_ARGS__
+#else
+#define ON_TENSOR_CORES(...) __trap()  // kernels/gemm.py launches nothing on such a GPU
+#endif
+
+// Two blocks per multiprocessor: as many as its shared memory holds on 8.6, 8.9 and 12.0.
+#define GEMM(precision, Precision, rows)                                                                      \
+  KERNEL(2) gemm_forward_##precision##_##rows(const float* x, const float* w, const float* bias, float* y,    \
+                                              float* z, float* partial, unsigned* counters, index_t M,        \
+                                              index_t N, index_t K, index_t depth, int activation) {              \
+    ON_TENSOR_CORES(gemm_forward<Precision, rows>(x, w, bias, y, z, partial, counters, M, N, K, depth,        \
+                                                  activation));                                               \
+  }                                                                                                           \
+  KERNEL(2) gemm_input_gradient_##precision##_##rows(                                                         \
+      const float* dz, const float* w, const float* saved, const float* bias, float* dx, float* dbias,        \
+      float* sums, float* partial, unsigned* counters, index_t M, index_t N, index_t K, index_t depth,            \
+      int activation) {                                                                                       \
+    ON_TENSOR_CORES(gemm_input_gradient<Precision, rows>(dz, w, saved, bias, dx, dbias, sums, partial,        \
+                                                         counters, M, N, K, depth, activation));              \
+  }                                                                                                           \
+  KERNEL(2) gemm_weight_gradient_##precision##_##rows(const float* x, const float* dz, float* dw,             \
+                                                      float* partial, unsigned* counters, index_t M,          \
+                                                      index_t N, index_t K, index_t depth) {                      \
+    ON_TENSOR_CORES(gemm_weight_gradient<Precision, rows>(x, dz, dw, partial, counters, M, N, K, depth));     \
+  }
+
+GEMM(tf32, Tf32, 64)
+GEMM(tf32, Tf32, 128)
+GEMM(bf16, Bf16, 64)
+GEMM(bf16, Bf16, 128)
