@@ -5,6 +5,7 @@ The launch shapes are pure functions of the product's size and the number of mul
 adds in the same order.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -37,23 +38,24 @@ class Shape(NamedTuple):
         return self.row_tiles * self.column_tiles
 
 
+@functools.lru_cache(1024)
 def gemm_shape(M: int, N: int, K: int, multiprocessors: int) -> Shape:
-    """How the product (M, K) x (K, N) is divided.
+    """How C (M, N) = A (M, K) B (K, N) is divided.
 
-    Large tiles where there are two for each multiprocessor, which holds as many at once; they need fewer bytes for
-    an operation. Else small ones, and where there are fewer than multiprocessors, s blocks for each, so that none has
-    to wait for a free one. The last of the s reads s partial tiles of 64 x 64 after its own 128 k / s numbers for k
-    of K: together least at s = sqrt(k / 32), and more blocks would only move more.
+    Large tiles, which need fewer bytes for an operation, where there are two for each multiprocessor: it holds as many
+    at once. Else small ones; and where there are fewer than multiprocessors, s blocks for each, as long as none has to
+    wait for a place. Each block reads 128 * K / s numbers and the last one then s partial tiles of 64 * 64: in units of
+    DEPTH * 128 numbers together K / DEPTH / s + s, which is to be least.
     """
     column_tiles = max(1, _divide_up(N, COLUMNS))
-    large = _divide_up(M, LARGE) * column_tiles
-    if large >= 2 * multiprocessors and large > 0:
-        return Shape(LARGE, large // column_tiles, column_tiles, 1, _divide_up(max(1, K), DEPTH) * DEPTH)
-    row_tiles = max(1, _divide_up(M, SMALL))
+    large, small = (max(1, _divide_up(M, rows)) for rows in (LARGE, SMALL))
     steps = max(1, _divide_up(K, DEPTH))
-    splits = max(1, min(multiprocessors // (row_tiles * column_tiles), round(steps**0.5)))
+    if large * column_tiles >= 2 * multiprocessors:
+        return Shape(LARGE, large, column_tiles, 1, steps * DEPTH)
+    most = max(1, min(multiprocessors // (small * column_tiles), steps))
+    splits = min(range(1, most + 1), key=lambda s: _divide_up(steps, s) + s)
     depth = _divide_up(steps, splits)
-    return Shape(SMALL, row_tiles, column_tiles, _divide_up(steps, depth), depth * DEPTH)
+    return Shape(SMALL, small, column_tiles, _divide_up(steps, depth), depth * DEPTH)
 
 
 def _span(array) -> tuple[int, int]:
