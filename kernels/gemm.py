@@ -12,16 +12,12 @@ import numpy as np
 
 from . import BackendError
 from .arguments import ACTIVATIONS, FLOAT32, check, check_activation, check_output, is_cupy
-from .launches import THREADS
+from .launches import THREADS, _divide_up, _pointer
 
 PRECISIONS = ("tf32", "bf16")
 COLUMNS, SMALL, LARGE = 64, 64, 128  # of a tile; its rows: the same numbers as in src/gemm.cuh and src/module.cu
 DEPTH = 32  # what blocks that share a tile divide K by
 CAPABILITY = 80  # the first with these instructions
-
-
-def _divide_up(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 class Shape(NamedTuple):
@@ -77,14 +73,9 @@ def _check_apart(outputs: dict, inputs: dict) -> None:
         seen[name] = first, end
 
 
-def _pointer(array):
-    """A kernel argument for an array that may be None."""
-    return np.uintp(0) if array is None else array
-
-
 class Gemm:
-    """Products of float32 matrices, C-contiguous and of any size, on a device as in launches.py that also has
-    `compute_capability()`, 80 or more.
+    """Products of float32 matrices, C-contiguous and of any size, on a device: kernels.cuda, for CuPy arrays, or a
+    simt.Device. What launches.py asks of a device and `compute_capability()`, 80 or more, is all that is needed.
 
     precision: "tf32" or "bf16", to which the factors are rounded (to nearest, ties away from zero, or to even); sums
     are in float32. Results do not depend on the order in which blocks run. A wrong kind or dtype raises TypeError, a

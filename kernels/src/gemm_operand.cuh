@@ -5,14 +5,14 @@
 // A fragment is what a warp needs of 16 outer indices by the K of one mma, and of them lane 4 g + t
 //   outer  g + 8 o, as the mma has them, or, of A where the outer index runs along the lines, 2 g + o
 //   k      as the mma has them (mma.cuh), h being its later half
-// so that each of its reads is one of 8 or 16 bytes where memory allows. Lines in shared memory are longer than the tile
-// by 4 or 8 numbers: the one of the two with which the lanes' reads fall into different banks.
+// so that it reads 8 bytes at once, or the warp four matrices by one instruction, where memory allows. Lines in shared
+// memory are longer than the tile by 4 or 8 numbers: the one of the two with which lanes read from different banks.
 #pragma once
 #include "mma.cuh"
 
 #if TENSOR_CORES
 
-constexpr int GEMM_THREADS = 256;  // the same number as in kernels/gemm.py
+constexpr int GEMM_THREADS = 256;  // the same number as in kernels/launches.py
 
 // Registers in the order of the mma: of an A one matrix of 16 rows, of a B two of 8 columns, one after the other.
 template <bool IS_A> struct Fragment {

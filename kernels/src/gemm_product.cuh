@@ -1,9 +1,9 @@
 // C (M, N) = A (M, K) B (K, N) on tensor cores, up to what becomes of C: gemm.cuh.
 //
 // A block makes ROWS x 64 of C from tiles of A and B in shared memory, which come from the L2 cache: 4 (ROWS + 64) bytes
-// for the 128 ROWS operations of each k, 16 operations per byte with 64 rows and 21 with 128. A warp makes 32 x 32 and
-// reads 256 bytes of shared memory for 2048 operations: with smaller parts, such as 32 x 16 for each of 8 warps, the
-// tensor cores would wait for it. 64 rows have 4 such parts, so two groups of 4 warps take half of the k each and add
+// for the 128 ROWS operations of each k, 16 operations per byte with 64 rows and 21 with 128. A warp adds 32 x 32 and
+// reads 256 bytes of shared memory for 2048 operations, 8 per byte; 32 x 16 would be 5.3, and shared memory is what
+// holds such a product up. 64 rows have four parts of 32 x 32, so two groups of 4 warps take half of the k each, and add
 // their sums in the end.
 //
 // Launch: blocks of 8 warps. x: tiles, those of one row of tiles side by side, so that blocks that run at the same time
