@@ -124,6 +124,12 @@ def room() -> int:
     return _properties(_cupy().cuda.runtime.getDevice())["maxThreadsPerMultiProcessor"] // THREADS
 
 
+def compute_capability() -> int:
+    """That of CuPy's current device, as in ARCHITECTURES: 90 for 9.0."""
+    properties = _properties(_cupy().cuda.runtime.getDevice())
+    return 10 * properties["major"] + properties["minor"]
+
+
 @functools.cache
 def _zeros(device: int, stream: int, thread: int, count: int):
     return _cupy().zeros(count, np.uint32)

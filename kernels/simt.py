@@ -244,6 +244,9 @@ class Device:
     def room(self) -> int:
         return 8  # 2048 threads, as compute capability 8.0, 9.0 and 10.0 have
 
+    def compute_capability(self) -> int:
+        return 90
+
     def counters(self, count: int):
         return self._counters[:count]
 

@@ -5,8 +5,9 @@
     python -m tests.gpu_check --device simt --out folder    # without a GPU, thread by thread
 
 Parts: `pytest`, the tests marked gpu; `cases`, every kernel's largest relative error on every case of
-cases.py; and the tools of compute-sanitizer, each on the representative cases and on a kernel with a planted
-mistake that it must find. Exits with 0 where all parts that were asked for ran and passed, with 1 where not.
+cases.py and gemm_cases.py; and the tools of compute-sanitizer, each on the representative cases and on a
+kernel with a planted mistake that it must find. Exits with 0 where all parts that were asked for ran and
+passed, with 1 where not.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import numpy as np
 import kernels
 from kernels import cuda, simt
 
-from . import cases, gpu_parts
+from . import cases, gemm_cases, gpu_parts
 from .backends import simt_backend
 from .checks import SHAPES, Backend
 
@@ -81,6 +82,7 @@ def cases_part(backend: Backend) -> tuple[dict, list]:
     """The verdict by kernel, and the results of all cases."""
     simulated = backend.name == "simt"
     listed = cases.representative() if simulated else cases.every(SHAPES, SIZES, large=True)
+    listed += gemm_cases.few() if simulated else gemm_cases.products()
     results = run_cases(backend, listed)
     failed = [r for r in results if not r["passed"]]
     by_kernel = {}
@@ -183,7 +185,8 @@ def main(argv=None) -> int:
         run_planted(backend_of(args.device, exact=True), args.child_planted)
         return 0
     if args.child_cases:
-        results = run_cases(backend_of(args.device, exact=True), cases.representative())
+        listed = [*cases.representative(), *gemm_cases.few()]
+        results = run_cases(backend_of(args.device, exact=True), listed)
         args.child_cases.write_text(json.dumps(_finite(results)))
         return int(not all(r["passed"] for r in results))
     name = gpu_parts.device_facts(args.device)["name"]

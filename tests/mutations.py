@@ -40,9 +40,10 @@ WORKERS = 2
 TESTS = tuple(
     f"tests/test_{name}.py"
     for name in ("launch_shapes", "softmax_cross_entropy", "gather_batch", "bias_act", "optimizer_steps",
-                 "shuffle", "to_bfloat16", "advance", "sanitizers", "determinism", "host_library", "host_sanitizers")
+                 "shuffle", "to_bfloat16", "advance", "sanitizers", "determinism", "host_library", "host_sanitizers",
+                 "gemm_launches", "gemm")
 )  # fmt: skip
-_, XENT, GATHER, BIAS_ACT, STEPS, SHUFFLE, CONVERT, *_ = TESTS
+_, XENT, GATHER, BIAS_ACT, STEPS, SHUFFLE, CONVERT, *_, GEMM_LAUNCHES, GEMM = TESTS
 # file -> the tests that most likely notice, and where it runs, unless a mutation says otherwise
 FIRST = {
     "kernels/src/bias_act.cuh": (BIAS_ACT, ""),
@@ -55,6 +56,11 @@ FIRST = {
     "kernels/src/common.cuh": (BIAS_ACT, "simt"),
     "kernels/src/module.cu": (BIAS_ACT, "simt"),
     "kernels/launches.py": (BIAS_ACT, "simt"),
+    "kernels/gemm.py": (GEMM_LAUNCHES, "simt"),
+    "kernels/src/gemm.cuh": (GEMM, "simt"),
+    "kernels/src/gemm_product.cuh": (GEMM, "simt"),
+    "kernels/src/gemm_operand.cuh": (GEMM, "simt"),
+    "kernels/src/mma.cuh": (GEMM_LAUNCHES, "simt"),
     "kernels/src/host/vocabulary.h": (BIAS_ACT, "host"),
     "kernels/src/host/fast.cpp": (BIAS_ACT, "host"),
     "kernels/src/host/stream.h": (STEPS, "host"),
@@ -62,8 +68,8 @@ FIRST = {
 # pytest -k for the forms of conftest.py, none of them the plain ops, which have no kernel in them
 FORMS = {
     "": "not plain-host",
-    "simt": "simt or launch_shapes or test_sanitizers",
-    "host": "not plain-host and not simt and not test_sanitizers",
+    "simt": "simt or launch_shapes or test_sanitizers or test_gemm",
+    "host": "not plain-host and not simt and not test_sanitizers and not test_gemm",
 }
 
 

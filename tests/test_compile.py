@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kernels import ACTIVATIONS, cuda, elementwise, source
+from kernels.gemm import PRECISIONS, Gemm
 from kernels.launches import Launches
 
 from . import resources
@@ -105,6 +106,9 @@ class _Recorder:
     def room(self):
         return 8
 
+    def compute_capability(self):
+        return 90
+
     def counters(self, count):
         return np.zeros(count, np.uint32)
 
@@ -151,6 +155,15 @@ def _launches():
         ops.advance(offset, 2**63 - 1, step)
     ops.shuffle(labels, labels, 2**64 - 1, 2**32 - 1)
     ops.to_bfloat16(f(9), np.zeros(9, np.uint16))
+    for precision in PRECISIONS:
+        gemm = Gemm(device, precision)
+        for n in (9, 264 * 128):  # small tiles; large ones fill the GPU
+            for bias, z in ((None, None), (f(3), f(n, 3))):
+                gemm.forward(f(n, 2), f(2, 3), f(n, 3), bias=bias, z=z)
+            for bias_grad in (None, f(2)):
+                gemm.input_gradient(f(n, 3), f(2, 3), f(n, 2), bias_grad=bias_grad)
+            gemm.weight_gradient(f(1, n), f(1, 3), f(n, 3))
+        gemm.input_gradient(f(9, 900), f(2, 900), f(9, 2), saved=f(9, 2), bias=f(2), activation="relu")
     return device.launches
 
 

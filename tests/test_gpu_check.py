@@ -10,7 +10,7 @@ import pytest
 
 from kernels import cuda
 
-from . import cases, gpu_check, gpu_parts
+from . import cases, gemm_cases, gpu_check, gpu_parts
 from .case import Case, bias_act
 from .checks import Check
 from .training import ROOT
@@ -71,8 +71,8 @@ def test_a_clean_run_through_every_process(tmp_path, fake_sanitizer):
     assert report["versions"]["numpy"] == np.__version__
     assert report["versions"]["compute_sanitizer"] == "Version 0.fake"
     assert report["options"]["device"] == "simt" and list(report["parts"]) == ["cases", "memcheck"]
-    number = len(cases.representative())
-    assert report["parts"]["cases"]["kernels"] == 22 and report["parts"]["cases"]["cases"] == number
+    number = len(cases.representative()) + len(gemm_cases.few())
+    assert report["parts"]["cases"]["kernels"] == 34 and report["parts"]["cases"]["cases"] == number
     memcheck = report["parts"]["memcheck"]
     assert (memcheck["errors"], memcheck["planted_errors"], memcheck["cases"]) == (0, 1, number)
     assert len(report["results"]) == number
@@ -93,6 +93,7 @@ def test_failing_cases_are_recorded_and_turn_the_exit_status(tmp_path, monkeypat
     strangers = Case("adam", "another kernel", good.compute)
     bad = [Case("sgd", "wrong", _wrong), Case("sgd", "crash", _crash), strangers]
     monkeypatch.setattr(cases, "representative", lambda: [good, *bad])
+    monkeypatch.setattr(gemm_cases, "few", list)
     code, report = _main(tmp_path, "cases")
     assert code == 1 and report["parts"]["cases"]["failed"] == 3
     assert [r["passed"] for r in report["results"]] == [True, False, False, False]

@@ -3,6 +3,7 @@
 #include "batch.cuh"
 #include "bias_act.cuh"
 #include "convert.cuh"
+#include "gemm.cuh"
 #include "shuffle.cuh"
 #include "softmax_xent.cuh"
 
@@ -86,3 +87,35 @@ KERNEL(8) shuffle(const int* index, int* out, index_t N, unsigned seed_low, unsi
 KERNEL(8) advance(index_t* offset, index_t by, float* step) { advance_step(offset, by, step); }
 
 KERNEL(8) to_bfloat16(const float* x, unsigned short* y, index_t n) { to_bfloat16_range(Range{n}, x, y); }
+
+#if TENSOR_CORES
+#define ON_TENSOR_CORES(...) __VA_ARGS__
+#else
+#define ON_TENSOR_CORES(...) __trap()  // kernels/gemm.py launches nothing on such a GPU
+#endif
+
+// Two blocks per multiprocessor: as many as its shared memory holds on 8.6, 8.9 and 12.0.
+#define GEMM(precision, Precision, rows)                                                                      \
+  KERNEL(2) gemm_forward_##precision##_##rows(const float* x, const float* w, const float* bias, float* y,    \
+                                              float* z, float* partial, unsigned* counters, index_t M,        \
+                                              index_t N, index_t K, index_t depth, int activation) {              \
+    ON_TENSOR_CORES(gemm_forward<Precision, rows>(x, w, bias, y, z, partial, counters, M, N, K, depth,        \
+                                                  activation));                                               \
+  }                                                                                                           \
+  KERNEL(2) gemm_input_gradient_##precision##_##rows(                                                         \
+      const float* dz, const float* w, const float* saved, const float* bias, float* dx, float* dbias,        \
+      float* sums, float* partial, unsigned* counters, index_t M, index_t N, index_t K, index_t depth,            \
+      int activation) {                                                                                       \
+    ON_TENSOR_CORES(gemm_input_gradient<Precision, rows>(dz, w, saved, bias, dx, dbias, sums, partial,        \
+                                                         counters, M, N, K, depth, activation));              \
+  }                                                                                                           \
+  KERNEL(2) gemm_weight_gradient_##precision##_##rows(const float* x, const float* dz, float* dw,             \
+                                                      float* partial, unsigned* counters, index_t M,          \
+                                                      index_t N, index_t K, index_t depth) {                      \
+    ON_TENSOR_CORES(gemm_weight_gradient<Precision, rows>(x, dz, dw, partial, counters, M, N, K, depth));     \
+  }
+
+GEMM(tf32, Tf32, 64)
+GEMM(tf32, Tf32, 128)
+GEMM(bf16, Bf16, 64)
+GEMM(bf16, Bf16, 128)

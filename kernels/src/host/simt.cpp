@@ -32,6 +32,8 @@ namespace simt {
 
 const bool one_thread_at_a_time = true;
 thread_local dim3 thread_index, block_index, block_size, grid_size;
+thread_local std::vector<Copy> copies_under_way;
+thread_local unsigned copy_groups;
 
 namespace {
 
@@ -42,7 +44,7 @@ struct Lane {
   int line = 0;                     // where it waits
   const char* intrinsic = nullptr;  // what for, in a warp
   unsigned mask = 0;
-  std::uint64_t value = 0;
+  Words words = {};
   Exchange said;
   sem_t turn;  // twice as fast as a mutex with a condition variable
 
@@ -92,13 +94,13 @@ class Grid {
 
   void sync_threads(int line) { wait(AT_BARRIER, line, barrier.now()); }
 
-  const Exchange& exchange(const char* intrinsic, unsigned mask, std::uint64_t value, int line, bool orders_memory) {
+  const Exchange& exchange(const char* intrinsic, unsigned mask, const Words& words, int line, bool orders_memory) {
     Lane& lane = lanes[me];
     if (!(mask >> me % 32 & 1))
       stuck("%s (line %d): lane %u is not in its own mask %08x", intrinsic, line, me % 32, mask);
     lane.intrinsic = intrinsic;
     lane.mask = mask;
-    lane.value = value;
+    lane.words = words;
     wait(IN_WARP, line, orders_memory ? warps[me / 32][mask].now() : nullptr);
     return lane.said;
   }
@@ -123,6 +125,7 @@ class Grid {
     while (!finished) {
       block_index = block;
       launch.kernel(launch.arguments);
+      if (!copies_under_way.empty()) stuck("a thread has returned without waiting for its cp.async");
       wait(RETURNED, 0, end.now());
     }
     if (!queue.empty()) hand_over();
@@ -173,7 +176,7 @@ class Grid {
         complete = complete && lane.state == IN_WARP && lane.mask == lanes[k].mask &&
                    !std::strcmp(lane.intrinsic, lanes[k].intrinsic);
         said.lanes |= 1u << (j - first);
-        said.values[j - first] = lane.value;
+        said.values[j - first] = lane.words;
       }
       if (!complete) continue;
       ++warps[first / 32][lanes[k].mask].meetings;
@@ -258,9 +261,9 @@ Grid* grid;  // the launch that is running
 
 unsigned lane() { return me % 32; }
 void sync_threads(int line) { grid->sync_threads(line); }
-void sync_warp(unsigned mask, int line) { grid->exchange("__syncwarp", mask, 0, line, true); }
-const Exchange& exchange(const char* intrinsic, unsigned mask, std::uint64_t value, int line) {
-  return grid->exchange(intrinsic, mask, value, line, false);
+void sync_warp(unsigned mask, int line) { grid->exchange("__syncwarp", mask, {}, line, true); }
+const Exchange& exchange(const char* intrinsic, unsigned mask, const Words& words, int line) {
+  return grid->exchange(intrinsic, mask, words, line, false);
 }
 
 // Ordered with every other fence, in the order in which they run.

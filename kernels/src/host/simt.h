@@ -12,6 +12,7 @@
 //   It stops with one sentence where threads wait at different barriers or for threads that have returned, where
 //   a lane is missing from its mask, and where it reads a lane that is not taking part.
 //   Shared memory holds a pattern, not zero, when a block starts.
+//   The instructions of mma.cuh: see simt_ptx.h.
 // What it does not model
 //   The memory model between blocks: each block sees all writes of the blocks that ran before it. Threads that
 //   wait for others by polling memory (they would wait forever), and warps that run in lockstep without
@@ -24,6 +25,7 @@
 #include <type_traits>
 
 #define __CUDACC__  // from here on this is a CUDA compiler, as far as the kernels can tell
+#define __SIMT__    // but not one that knows PTX
 #define __global__
 #define __device__
 #define __host__
@@ -46,15 +48,17 @@ namespace simt {
 
 extern thread_local dim3 thread_index, block_index, block_size, grid_size;
 
+struct Words { std::uint64_t of[3]; };
+
 // What the lanes of a warp said at a meeting, and which of them were there.
 struct Exchange {
   unsigned lanes;
-  std::uint64_t values[32];
+  Words values[32];
 };
 
-// Each lane of `mask` says `value` and gets what all of them said; this orders no memory accesses. `line` is the
+// Each lane of `mask` says `words` and gets what all of them said; this orders no memory accesses. `line` is the
 // caller's, for messages.
-const Exchange& exchange(const char* intrinsic, unsigned mask, std::uint64_t value, int line);
+const Exchange& exchange(const char* intrinsic, unsigned mask, const Words& words, int line);
 void sync_threads(int line);
 void sync_warp(unsigned mask, int line);
 void fence();
@@ -77,17 +81,17 @@ template <class T> T from_bits(std::uint64_t bits) {
 // `source(lane, first and last lane of its segment)` is the lane that is read, or -1 for the caller's own value.
 template <class T, class F> T shuffle(const char* intrinsic, unsigned mask, T x, int width, int line, F source) {
   const int me = (int)lane(), first = me & -width, from = source(me, first, first + width - 1);
-  const Exchange& said = exchange(intrinsic, mask, to_bits(x), line);
+  const Exchange& said = exchange(intrinsic, mask, {{to_bits(x)}}, line);
   if (from < 0) return x;
   if (!(said.lanes >> from & 1))
     fail("%s (line %d): lane %d reads lane %d, which does not take part", intrinsic, line, me, from);
-  return from_bits<T>(said.values[from]);
+  return from_bits<T>(said.values[from].of[0]);
 }
 
 inline unsigned ballot(const char* intrinsic, unsigned mask, bool predicate, int line, unsigned* lanes) {
-  const Exchange& said = exchange(intrinsic, mask, predicate, line);
+  const Exchange& said = exchange(intrinsic, mask, {{predicate}}, line);
   unsigned votes = 0;
-  for (int k = 0; k < 32; ++k) votes |= (said.lanes >> k & 1 && said.values[k] ? 1u : 0u) << k;
+  for (int k = 0; k < 32; ++k) votes |= (said.lanes >> k & 1 && said.values[k].of[0] ? 1u : 0u) << k;
   if (lanes) *lanes = said.lanes;
   return votes;
 }
@@ -165,8 +169,12 @@ template <class T> T __ldcs(const T* p) { return *p; }
 template <class T> void __stcs(T* p, T x) { *p = x; }
 inline float __int_as_float(int x) { return simt::from_bits<float>((std::uint32_t)x); }
 inline int __float_as_int(float x) { return simt::from_bits<int>(simt::to_bits(x)); }
+inline float __uint_as_float(unsigned x) { return simt::from_bits<float>(x); }
+inline unsigned __float_as_uint(float x) { return simt::from_bits<unsigned>(simt::to_bits(x)); }
 inline float cospif(float x) { return (float)std::cos(3.14159265358979323846 * x); }
 inline float sinpif(float x) { return (float)std::sin(3.14159265358979323846 * x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 }  // namespace
+
+#include "simt_ptx.h"
