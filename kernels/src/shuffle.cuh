@@ -73,26 +73,31 @@ DEVICE void shuffle_grid(const int* index, int* out, index_t N, unsigned seed_lo
 
 #else
 
-// Elements [begin, end): those that have to walk on are gathered, so that every step of the walks vectorises.
+// Elements [begin, end). Each step of the walks is taken by all elements that are not back yet, side by side, so that it
+// vectorises; without a branch on who is back, which nothing could predict.
 DEVICE void shuffle_range(const Bijection& p, const int* index, int* out, index_t N, index_t begin, index_t end) {
-  constexpr int BLOCK = 1024;
-  unsigned x[BLOCK], place[BLOCK];
+  constexpr int BLOCK = 512, LANES = 16;
+  unsigned x[BLOCK] = {}, place[BLOCK], value[BLOCK];  // who walks: where it is, whose it is; where all ended
   for (index_t first = begin; first < end; first += BLOCK) {
-    int left = (int)(end - first < BLOCK ? end - first : BLOCK);
-    for (int k = 0; k < left; ++k) x[k] = (unsigned)(first + k), place[k] = (unsigned)k;
-    while (left > 0) {
-      INDEPENDENT for (int k = 0; k < left; ++k) x[k] = p(x[k]);
+    const int count = (int)(end - first < BLOCK ? end - first : BLOCK);
+    for (int k = 0; k < count; ++k) {
+      x[k] = (unsigned)(first + k);
+      place[k] = (unsigned)k;
+    }
+    for (int left = count; left > 0;) {
+      for (int k = 0; k < left; k += LANES)  // whole vectors: what is beyond `left` is computed for nothing
+        INDEPENDENT for (int j = 0; j < LANES; ++j) x[k + j] = p(x[k + j]);
       int walking = 0;
       for (int k = 0; k < left; ++k) {
-        if (x[k] < N) {
-          out[first + place[k]] = index[x[k]];
-        } else {
-          x[walking] = x[k];
-          place[walking++] = place[k];
-        }
+        const unsigned here = x[k], whose = place[k];
+        value[whose] = here;
+        x[walking] = here;
+        place[walking] = whose;
+        walking += here >= N;
       }
       left = walking;
     }
+    for (int k = 0; k < count; ++k) out[first + k] = index[value[k]];
   }
 }
 
