@@ -227,10 +227,10 @@ def gather_batch(
 
 @accepts_torch
 def advance(offset, by, step=None):
-    """What a captured training step moves on itself: offset (int64, one element) += by, a whole number from 0 on,
-    and step (float32, one element) += 1, in place, in one launch. Returns None.
+    """offset (int64, one element) += by, a whole number from 0 on, and step (float32, one element) += 1, in place.
 
-    The offset is gather_batch's and the step adam_step's, which counts exactly up to 2^24.
+    In one launch, so that a captured training step moves on by itself: the offset is gather_batch's and the step
+    adam_step's, which counts exactly up to 2^24. Returns None.
     """
     backend = _backend("offset", offset)
     check_output("offset", offset, offset, INT64, *one_element(offset))
@@ -255,7 +255,7 @@ def shuffle(index, *, seed=0, epoch=0, out=None):
     check_whole("seed", seed, 0, 2**64)
     check_whole("epoch", epoch, 0, 2**32)
     if out is index:
-        raise ValueError("out must not be index, whose elements are read in another order; pass another array")
+        raise ValueError("out must not be index, which is read in another order; pass another array")
     out = _output(backend, "out", out, index, INT32, index.size)
     backend.shuffle(index, out, int(seed), int(epoch))
     return out

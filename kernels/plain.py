@@ -8,6 +8,8 @@ import sys
 
 import numpy as np
 
+from .plain_random import LEAST_BITS, feistel, normals, round_keys
+
 LEAKY_SLOPE = 0.01
 _ROOT_2_OVER_PI = math.sqrt(2.0 / math.pi)
 
@@ -164,40 +166,6 @@ def sgd_step(p, g, velocity=None, *, lr, momentum=0.0, weight_decay=0.0):
     p -= lr * g
 
 
-FOR_NOISE, FOR_SHUFFLE = 0, 1  # the last word of a counter says what its bits are for
-
-
-def _philox4x32(xp, counters, key0, key1):
-    """Four uint32 arrays of random bits: Salmon et al. 2011, 10 rounds. `counters`: four uint64 arrays < 2^32."""
-    low = xp.uint64(0xFFFFFFFF)
-    c0, c1, c2, c3 = counters
-    for _ in range(10):
-        a, b = c0 * xp.uint64(0xD2511F53), c2 * xp.uint64(0xCD9E8D57)
-        shift = xp.uint64(32)
-        c0, c1, c2, c3 = (
-            (b >> shift) ^ c1 ^ xp.uint64(key0), b & low, (a >> shift) ^ c3 ^ xp.uint64(key1), a & low,
-        )  # fmt: skip
-        key0, key1 = (key0 + 0x9E3779B9) & 0xFFFFFFFF, (key1 + 0xBB67AE85) & 0xFFFFFFFF
-    return c0, c1, c2, c3
-
-
-def normals(xp, index, count, seed):
-    """Standard normal (B, count) float32 noise that depends on the seed, the image's index and the pixel alone."""
-    quads = -(-count // 4)
-    zero = xp.zeros((len(index), quads), xp.uint64)
-    image, use = index.astype(xp.uint64)[:, None], xp.uint64(FOR_NOISE)
-    counters = zero + xp.arange(quads, dtype=xp.uint64), zero + image, zero, zero + use
-    bits = _philox4x32(xp, counters, seed & 0xFFFFFFFF, seed >> 32)
-    units = [((b >> xp.uint64(9)).astype(xp.float32) + xp.float32(0.5)) * xp.float32(2.0**-23) for b in bits]
-    noise = xp.empty((len(index), quads, 4), xp.float32)
-    for k in (0, 2):
-        radius = xp.sqrt(-2.0 * xp.log(units[k]))
-        angle = xp.float32(2.0 * math.pi) * units[k + 1]
-        noise[:, :, k] = radius * xp.cos(angle)
-        noise[:, :, k + 1] = radius * xp.sin(angle)
-    return noise.reshape(len(index), 4 * quads)[:, :count]
-
-
 def _warp(xp, images, affine):
     """Bilinear samples of (B, D) square images at affine (B, 2, 3) of the output positions; 0 outside."""
     side = math.isqrt(images.shape[1])
@@ -248,9 +216,9 @@ def gather_batch(
 
 def _slice(xp, index, offset, count):
     """index[offset : offset + count], -1 at positions outside; the offset is an array, and stays on its device."""
-    positions = offset.ravel() + xp.arange(count, dtype=xp.int64)  # a sum beyond int64 wraps to a position that is outside, too
     if not len(index):
         return xp.full(count, -1, index.dtype)
+    positions = offset.ravel() + xp.arange(count, dtype=xp.int64)  # what wraps is outside, too
     inside = (positions >= 0) & (positions < len(index))
     return xp.where(inside, index[xp.where(inside, positions, 0)], -1)
 
@@ -259,33 +227,6 @@ def advance(offset, by, step=None):
     offset += by
     if step is not None:
         step += 1
-
-
-_LOW = 0xFFFFFFFF
-SHUFFLE_ROUNDS, SHUFFLE_LEAST_BITS = 8, 8
-
-
-def _mix32(x):
-    """murmur3's finalizer fmix32 on an int64 array of numbers below 2^32; what a product loses is above that."""
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _LOW
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _LOW
-    return x ^ (x >> 16)
-
-
-def _round_keys(seed, epoch):
-    counters = [np.array([word], np.uint64) for word in (epoch, 0, 0, FOR_SHUFFLE)]
-    words = [int(word[0]) for word in _philox4x32(np, counters, seed & _LOW, seed >> 32)]
-    return [(words[k % 4] + k * 0x9E3779B9) & _LOW for k in range(SHUFFLE_ROUNDS)]
-
-
-def _feistel(x, bits, keys):
-    """A bijection of [0, 2^bits) on an int64 array: see src/shuffle.cuh."""
-    low_bits, high_bits = bits // 2, bits - bits // 2
-    low, high = x & (2**low_bits - 1), x >> low_bits
-    for k in range(0, SHUFFLE_ROUNDS, 2):
-        low = low ^ (_mix32(high ^ keys[k]) & (2**low_bits - 1))
-        high = high ^ (_mix32(low ^ keys[k + 1]) & (2**high_bits - 1))
-    return high * 2**low_bits + low
 
 
 def _arange(like, count):
@@ -298,12 +239,12 @@ def _arange(like, count):
 
 def shuffle(index, *, seed=0, epoch=0, out=None):
     """Also of torch tensors, on any device."""
-    N, keys = len(index), _round_keys(seed, epoch)
-    bits = max(SHUFFLE_LEAST_BITS, (N - 1).bit_length())
-    x = _feistel(_arange(index, N), bits, keys)
+    N, keys = len(index), round_keys(seed, epoch)
+    bits = max(LEAST_BITS, (N - 1).bit_length())
+    x = feistel(_arange(index, N), bits, keys)
     outside = x >= N
     while outside.any():
-        x[outside] = _feistel(x[outside], bits, keys)
+        x[outside] = feistel(x[outside], bits, keys)
         outside = x >= N
     if out is None:
         return index[x]

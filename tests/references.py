@@ -10,7 +10,8 @@ import numpy as np
 from scipy import ndimage
 from scipy.special import expit, ndtr
 
-from kernels import ACTIVATIONS, plain
+from kernels import ACTIVATIONS
+from kernels.plain_random import philox4x32
 
 from .checks import ELEMENTWISE, EPS, REDUCTION, Check
 
@@ -202,7 +203,7 @@ def noise(index, D, seed):
     for row, image in zip(result, index, strict=True):
         quads = np.arange(-(-D // 4), dtype=np.uint64)
         counters = quads, np.full_like(quads, image), np.zeros_like(quads), np.zeros_like(quads)
-        bits = plain._philox4x32(np, counters, seed % 2**32, seed // 2**32)
+        bits = philox4x32(np, counters, seed % 2**32, seed // 2**32)
         a, b, c, d = ((x // np.uint64(512) + 0.5) / 2**23 for x in bits)
         for k, (first, second) in enumerate([(a, b), (c, d)]):
             radius, angle = np.sqrt(-2 * np.log(first)), 2 * np.pi * second
@@ -260,7 +261,7 @@ def _mixed(x):
 def permutation(N, seed, epoch):
     """The positions from which shuffle takes its elements, one at a time, as src/shuffle.cuh describes them."""
     counter = [np.array([word], np.uint64) for word in (epoch, 0, 0, 1)]
-    words = [int(word[0]) for word in plain._philox4x32(np, counter, seed % 2**32, seed // 2**32)]
+    words = [int(word[0]) for word in philox4x32(np, counter, seed % 2**32, seed // 2**32)]
     bits = 8
     while 2**bits < N:
         bits += 1

@@ -5,15 +5,15 @@
 // p is an alternating Feistel network over b bits, N <= 2^b: the position's low b / 2 bits and the others take turns,
 // and each round xors one half with a mix of the other half and of a round key. Every round is its own inverse, so
 // the network is a bijection of [0, 2^b); where it leaves [0, N) it is applied again, until it is back (cycle
-// walking: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002), which is less than once on average
-// from N = 128 on. The mix is murmur3's finalizer. The keys come from one call of Philox4x32, counter (epoch, 0, 0,
-// 1), key = seed, and go on from round to round by a Weyl sequence.
-// Mitchell et al., "Bandwidth-optimal random shuffling for GPUs", 2021, shuffle by such a network, too, but of 24
-// Philox rounds, and close the gaps of the 2^b positions by a prefix sum, which is another pass; in return no thread
-// walks. Integers alone are computed with, so the permutation is the same on every device.
+// walking: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): from N = 129 on less than once more on
+// average. The mix is murmur3's finalizer. The keys come from one call of Philox4x32, counter (epoch, 0, 0, 1), key =
+// seed, and go on from round to round by a Weyl sequence.
+// Mitchell et al., "Bandwidth-optimal random shuffling for GPUs", 2021, shuffle by such a network, too. Theirs has 24
+// rounds of Philox and the fewest bits for N, and a prefix sum closes the gaps that positions from N on leave; here
+// they walk, so that no element waits for another. Integers alone are computed with: all devices have the same order.
 //
-// 8 rounds, and at least 8 bits, however small N is: with the 2 or 3 bits that 4 or 5 elements need, the
-// permutations of a handful of elements are visibly not equally likely, even after 14 rounds; with 8 bits they are.
+// 8 rounds, and at least 8 bits, however small N is: with the 2 or 3 bits that 4 or 5 elements need, the permutations
+// of a handful of elements are visibly not equally likely, even after 14 rounds; with 8 bits they are (test_shuffle.py).
 // If N is a power of two from 256 on, p is an even permutation: a round swaps pairs in even numbers.
 //
 // index, out: (N,) int32, N <= 2^31. Bytes per element: 8, of which 4 are read anywhere in the index. Launch: flat,
@@ -24,7 +24,7 @@
 
 constexpr int SHUFFLE_ROUNDS = 8, SHUFFLE_LEAST_BITS = 8;
 
-// murmur3's fmix32 (Appleby, 2008): each bit of x changes each bit of the result with probability 1/2.
+// murmur3's fmix32 (Appleby): each bit of x changes each bit of the result with a probability of about 1/2.
 DEVICE unsigned mix32(unsigned x) {
   x = (x ^ x >> 16) * 0x85EBCA6Bu;
   x = (x ^ x >> 13) * 0xC2B2AE35u;
@@ -73,26 +73,32 @@ DEVICE void shuffle_grid(const int* index, int* out, index_t N, unsigned seed_lo
 
 #else
 
-// Elements [begin, end): those that have to walk on are gathered, so that every step of the walks vectorises.
-DEVICE void shuffle_range(const Bijection& p, const int* index, int* out, index_t N, index_t begin, index_t end) {
-  constexpr int BLOCK = 1024;
-  unsigned x[BLOCK], place[BLOCK];
+// Elements [begin, end). Each step of the walks is taken by all elements that are not back yet, side by side, so that it
+// vectorises; without a branch on who is back, which nothing could predict.
+DEVICE void shuffle_range(const Bijection& p, const int* index, int* out, index_t N, index_t begin,
+                          index_t end) {
+  constexpr int BLOCK = 512, LANES = 16;
+  unsigned x[BLOCK] = {}, place[BLOCK], value[BLOCK];  // who walks: where it is, whose it is; where all ended
   for (index_t first = begin; first < end; first += BLOCK) {
-    int left = (int)(end - first < BLOCK ? end - first : BLOCK);
-    for (int k = 0; k < left; ++k) x[k] = (unsigned)(first + k), place[k] = (unsigned)k;
-    while (left > 0) {
-      INDEPENDENT for (int k = 0; k < left; ++k) x[k] = p(x[k]);
+    const int count = (int)(end - first < BLOCK ? end - first : BLOCK);
+    for (int k = 0; k < count; ++k) {
+      x[k] = (unsigned)(first + k);
+      place[k] = (unsigned)k;
+    }
+    for (int left = count; left > 0;) {
+      for (int k = 0; k < left; k += LANES)  // whole vectors: what is beyond `left` is computed for nothing
+        INDEPENDENT for (int j = 0; j < LANES; ++j) x[k + j] = p(x[k + j]);
       int walking = 0;
       for (int k = 0; k < left; ++k) {
-        if (x[k] < N) {
-          out[first + place[k]] = index[x[k]];
-        } else {
-          x[walking] = x[k];
-          place[walking++] = place[k];
-        }
+        const unsigned here = x[k], whose = place[k];
+        value[whose] = here;
+        x[walking] = here;
+        place[walking] = whose;
+        walking += here >= N;
       }
       left = walking;
     }
+    for (int k = 0; k < count; ++k) out[first + k] = index[value[k]];
   }
 }
 
