@@ -27,7 +27,11 @@ def gpu(monkeypatch):
     import bench_step
     import step_contenders
 
+    from mlp import products, tuning
+
     cupy = stand_in_gpu.install(monkeypatch)
+    monkeypatch.setattr(products, "select", stand_in_gpu.select_products)
+    monkeypatch.setattr(tuning, "GraphTimer", lambda device: lambda body, recorder: 1.0)
     for module in (bench_kernels, bench_step, step_contenders):
         monkeypatch.setattr(module, "select", lambda kind, fused: stand_in_gpu.device(cupy, fused))
     return cupy
@@ -144,10 +148,11 @@ STEP_FAST = ["--images", "1024", "--passes", "1", "--rounds", "1", "--epochs", "
 @pytest.fixture
 def small_sweeps(monkeypatch):
     import bench_step
+    import step_contenders
 
     monkeypatch.setattr(bench_step, "BATCHES", (64, 256))
     monkeypatch.setattr(bench_step, "WIDTHS", (64,))
-    monkeypatch.setattr(bench_step, "CEILINGS", dict.fromkeys(bench_step.CEILINGS, (64, 1)))
+    monkeypatch.setattr(step_contenders, "CEILINGS", dict.fromkeys(step_contenders.CEILINGS, (64, 1)))
 
 
 def test_steps_on_this_cpu(tmp_path, small_sweeps):
