@@ -1,4 +1,4 @@
-"""The training step as one writes it first: array code, call by call, Python numbers for what changes from step to step.
+"""The training step as one writes it first: array code, call by call, Python numbers for the step and the rate.
 
 It trains the same model from the same start on the same batches as mlp/scratch.py; what it does otherwise is what the
 first rungs of ladder.py change. relu and Adam without L2 only.
@@ -44,9 +44,9 @@ class ArrayTrainer:
         self._dy = [xp.empty((B, n), np.float32) for n in self.sizes[1:]]
         self.totals, self.steps = xp.zeros(2), 0
 
-    def begin_epoch(self, index, epoch) -> None:
+    def begin_epoch(self, index, epoch=None) -> None:
         """As ScratchLearner.begin_epoch()."""
-        order = plain.shuffle(index, seed=self.config.seed, epoch=epoch)
+        order = index if epoch is None else plain.shuffle(index, seed=self.config.seed, epoch=epoch)
         self._order = self.xp.asarray(order) if self.resident else order
         self.totals[...] = 0
 

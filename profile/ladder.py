@@ -72,7 +72,7 @@ class Ladder:
             self.resident = replace(self.data, images=images, labels=labels)
         self.stream = device.xp.cuda.Stream(non_blocking=True) if self.gpu else None
         self.turns = measure.Turns(args, device)
-        self.known: dict[str, Known] = {}
+        self.known, self.samples = {}, {}  # of rungs, and seconds of rungs and costs, by key
 
     def rungs(self) -> list[Rung]:
         copied = " and copied to the GPU" if self.gpu else ""
@@ -92,19 +92,18 @@ class Ladder:
                 Rung(f"graph, {n} steps per launch", f"{n} steps are one launch", "float32", self.graph),
                 Rung("TF32", "factors of products rounded to TF32", "tf32", self.graph),
                 Rung("epilogues", f"ops fused to products{tuned}", "tf32", partial(self.graph, tune=True)),
-                Rung("own GEMM", "our kernel for all products and what follows them", "tf32", own, gains=False),
-                Rung("bf16", f"factors rounded to bfloat16{tuned}", "bf16", partial(self.graph, tune=True), gains=False),
+                Rung("own GEMM", "our kernel for all products and what follows them", "tf32", own, False),
+                Rung("bf16", f"factors rounded to bfloat16{tuned}", "bf16", partial(self.graph, tune=True), False),
             ]
         return rungs
 
     def compared(self) -> list[Rung]:
-        rungs = []
-        if contenders.torch_can(self.device.kind):
-            for precision in ("float32", "tf32") if self.gpu else ("float32",):
-                rungs.append(Rung(contenders.EAGER, "op by op", precision, self.torch_eager, gains=False))
-                if self.gpu:
-                    rungs.append(Rung(contenders.CAPTURED, "a step is one launch", precision, self.torch_graph, False))
-        return rungs
+        if not contenders.torch_can(self.device.kind):
+            return []
+        kinds = [(contenders.EAGER, "op by op", self.torch_eager)]
+        kinds += [(contenders.CAPTURED, "a step is one launch", self.torch_graph)] if self.gpu else []
+        precisions = ("float32", "tf32") if self.gpu else ("float32",)
+        return [Rung(*kind[:2], precision, kind[2], False) for precision in precisions for kind in kinds]
 
     # ---- what makes a rung ready
 
@@ -131,7 +130,7 @@ class Ladder:
 
     def counted(self, learner) -> Work:
         """The work of the learner's step."""
-        learner.begin_epoch(np.arange(len(self.data.labels), dtype=np.int32), 1)
+        learner.begin_epoch(np.arange(len(self.data.labels), dtype=np.int32))
         (program,) = learner.programs().values()
         return step_costs.of_program(program)
 
@@ -155,23 +154,23 @@ class Ladder:
     def measure(self) -> dict[str, list[dict]]:
         """The rows of ladder.csv and costs.csv."""
         rungs, beside = self.rungs(), self.compared()
-        precisions, samples = dict.fromkeys(rung.precision for rung in rungs), {}
+        precisions = dict.fromkeys(rung.precision for rung in rungs)
         for _ in range(self.turns.passes):  # each on new arrays
             table = {rung.key: partial(rung.build, rung) for rung in (*rungs, *beside)}
             table |= step_costs.builders(self.device, self.config, precisions, self.stream)
-            measure.merge(samples, self.turns.measured(self.turns.built(table, "the ladder"), blocks=2))
-        keys = [rung.key for rung in (*rungs, *beside)]
-        costs, rows = step_costs.measured({k: t for k, t in samples.items() if k not in keys}, self.device)
-        return {"ladder.csv": list(self.rows(rungs, beside, samples, costs)), "costs.csv": rows}
+            measure.merge(self.samples, self.turns.measured(self.turns.built(table, "the ladder"), blocks=2))
+        paid = {name: times for name, times in self.samples.items() if name not in self.known}
+        costs, rows = step_costs.measured(paid, self.device)
+        return {"ladder.csv": list(self.rows(rungs, beside, costs)), "costs.csv": rows}
 
-    def rows(self, rungs, beside, samples, costs):
+    def rows(self, rungs, beside, costs):
         before = None  # the times of the rung that the next is a change of
         for rung in (*rungs, *beside):
-            if rung.key not in samples:
+            if rung.key not in self.samples:
                 continue
-            times, known = samples[rung.key], self.known[rung.key]
+            times, known = self.samples[rung.key], self.known[rung.key]
             row = {"rung": rung.name, "what": rung.what, "precision": rung.precision}
-            found = {"speedup": measure.ratio(samples[rungs[0].key], times)}
+            found = {"speedup": measure.ratio(self.samples[rungs[0].key], times)}
             if known.work:
                 row |= {"launches": known.work.launches, "bytes": known.work.bytes, "flops": known.work.flops}
                 row |= costs.predicted(known.work, rung.precision, known.steps)
@@ -180,31 +179,29 @@ class Ladder:
             if rung.gains:
                 before = times
 
-    def launches(self) -> list[dict]:
-        """The rows of launches.csv: the step as it is first captured, and as it ends, by the steps in a launch."""
+    def launches(self) -> dict[str, list[dict]]:
+        """The rows of launches.csv: the step as it is first captured, and as it ends, by the steps in a launch. Nothing
+        where no step was captured."""
         images, builders = len(self.data.labels), {}
         for rung in self.rungs():
-            if rung.name in LAUNCHED and rung.key in self.known:
+            if rung.name in LAUNCHED and rung.key in self.samples:
+                stepping = partial(contenders.stepping, self.known[rung.key].learner, images, self.device)
                 for steps in (n for n in STEPS if n * self.config.batch_size <= images):
-                    learner = self.known[rung.key].learner
-                    ready = partial(contenders.stepping, learner, images, self.device, steps)
-                    builders[rung.name, rung.precision, steps] = ready
+                    builders[rung.name, rung.precision, steps] = partial(stepping, steps)
         samples = self.turns.measured(self.turns.built(builders, "launches"), blocks=2)
-        return [{"contender": name, "precision": precision, "steps": steps} | measure.percentiles(times, "us")
+        rows = [{"contender": name, "precision": precision, "steps": steps} | measure.percentiles(times, "us")
                 for (name, precision, steps), times in samples.items()]  # fmt: skip
+        return {"launches.csv": rows} if rows else {}
 
 
 def forms(plan: Plan) -> str:
-    """'forward of layers 0, 1: epilogue; rows of 48' for the choices that differ from an untuned plan."""
-    parts = []
-    for kind in KINDS:
-        by_form = {}
-        for layer, form in enumerate(plan.forms):
-            by_form.setdefault(getattr(form, kind), []).append(str(layer))
-        parts += [f"{kind} of layers {', '.join(layers)}: {form}" for form, layers in by_form.items() if form != SEPARATE]
-    if plan.padded:
-        parts.append("last layer padded")
-    return "; ".join(parts) or "all separate"
+    """'forward of layers 0, 1: epilogue; last layer padded', or how else a plan differs from one that is not tuned."""
+    places = {}
+    for layer, form in enumerate(plan.forms):
+        for kind in KINDS:
+            places.setdefault((kind, getattr(form, kind)), []).append(str(layer))
+    parts = [f"{kind} of layers {', '.join(of)}: {form}" for (kind, form), of in places.items() if form != SEPARATE]
+    return "; ".join(parts + ["last layer padded"] * plan.padded) or "all separate"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -237,15 +234,11 @@ def main(argv=None) -> int:
         folder = args.out or machine.results_folder(device.name, facts["cores"] if device.kind == "cpu" else None)
         ladder = Ladder(args, device)
         with contenders.private_cache():
-            files = ladder.measure()
-            if ladder.gpu:
-                files["launches.csv"] = ladder.launches()
-        for name, rows in files.items():
-            if not rows:  # no step could be captured
-                continue
-            rows = [row | facts for row in rows]
-            measure.print_rows(name, rows, ("what", "bytes", "flops", "samples"))
-            machine.write_csv(folder / name, rows)
+            for part in (ladder.measure, ladder.launches):
+                for name, rows in part().items():
+                    rows = [row | facts for row in rows]
+                    measure.print_rows(name, rows, ("what", "bytes", "flops", "samples"))
+                    machine.write_csv(folder / name, rows)
         print(f"written to {folder}")
     except (InputError, BackendError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -6,8 +6,9 @@
 
 The tool runs this script again, which trains on synthetic bytes of ByMerge's shape: first to warm up, unrecorded, then
 between cudaProfilerStart and cudaProfilerStop. Its steps are launched op by op, as with train.py --nvtx, because phases
-and kernels have no names in the launch of a CUDA graph; `own` is fused with our matrix products in TF32. The folder gets the tool's report <model>-<contender>.nsys-rep or
-.ncu-rep, and its figures as nsys_kernels.csv and nsys_ranges.csv or ncu.csv, a file for all models and contenders.
+and kernels have no names in the launch of a CUDA graph. The contender `own` is fused with our own matrix products, in
+TF32. The folder gets the tool's report <model>-<contender>.nsys-rep or .ncu-rep, and its figures as nsys_kernels.csv
+and nsys_ranges.csv or ncu.csv, a file for all models and contenders.
 """
 
 import argparse

@@ -23,8 +23,8 @@ COLUMNS = {
     "sweep.csv": "sweep contender model layers batch width precision samples p20_ms p50_ms p80_ms flops bytes "
                  "gflop_per_s images_per_second",
     "ceilings.csv": "name precision value unit",
-    "ladder.csv": "rung what precision launches bytes flops predicted_us bound samples p20_us p50_us p80_us speedup gain "
-                  "note",
+    "ladder.csv": "rung what precision launches bytes flops predicted_us bound samples p20_us p50_us p80_us speedup "
+                  "gain note",
     "costs.csv": "name value unit",
     "launches.csv": "contender precision steps samples p20_us p50_us p80_us",
 }  # fmt: skip

@@ -92,7 +92,7 @@ def stepping(learner, images: int, device: Device, steps: int | None = None) -> 
     """The learner trains on batch after batch, over and over through a shuffled epoch of all images: `steps` of them in
     a call, or as many as it launches at once, but no more than there are."""
     n = min(steps or learner.steps_per_launch, images // learner.batch_size)
-    learner.begin_epoch(np.arange(images, dtype=np.int32), 1)
+    learner.begin_epoch(np.random.default_rng(1).permutation(images).astype(np.int32))
     stride, lr = n * learner.batch_size, learner.config.lr
     calls = images // stride
 
