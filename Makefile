@@ -3,7 +3,7 @@
 #   make test      environment, dependencies, host library, then the whole test suite
 #   make sanitize  every kernel on every shape, on the CPU under ThreadSanitizer, AddressSanitizer and UBSan
 #   make mutate    plants small faults in the kernels, which tests must notice (half an hour)
-#   make bench     measures kernels, steps and epochs (8 minutes), draws the plots and writes README.md's tables
+#   make bench     measures kernels, steps and epochs (9 minutes), draws the plots and writes README.md's tables
 #   make gpu-check every kernel on this GPU and under compute-sanitizer; installs nothing; OUT=folder of the report
 #   make gpu-report  the measurements on this GPU and under Nsight; installs nothing; OUT=folder of the results
 # Others: make build | clean; make cuda compiles the GPU kernels ahead of time (needs nvcc), make budget prints
@@ -33,13 +33,14 @@ test: build
 bench: build
 	$(BIN)/python profile/bench_kernels.py $(TO)
 	$(BIN)/python profile/bench_step.py $(TO)
+	$(BIN)/python profile/ladder.py $(TO)
 	$(BIN)/python profile/report.py $(if $(OUT),"$(OUT)")
 
 # At most nine minutes. Whatever fails or is cut short, its results so far stay, and the rest is measured.
 gpu-report:
 	status=0; run() { limit=$$1; shift; timeout --foreground $$limit $(GPU_PYTHON) "$$@" || status=1; }; \
-	run 210 profile/bench_kernels.py --device cuda $(TO); run 210 profile/bench_step.py --device cuda $(TO); \
-	run 50 profile/nsight.py ncu $(TO); run 50 profile/nsight.py nsys $(TO); \
+	run 170 profile/bench_kernels.py --device cuda $(TO); run 180 profile/bench_step.py --device cuda $(TO); \
+	run 70 profile/ladder.py --device cuda $(TO); run 50 profile/nsight.py ncu $(TO); run 50 profile/nsight.py nsys $(TO); \
 	run 20 profile/report.py $(if $(OUT),"$(OUT)"); exit $$status
 
 sanitize: build

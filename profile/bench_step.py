@@ -18,20 +18,17 @@ import machine
 import measure
 import numpy as np
 import step_contenders as contenders
-from measure import Contender
 from phase_clock import PhaseClock
-from result_files import MACHINE
-from step_contenders import GEMM_ONLY
+from step_contenders import GEMM_ONLY, IMAGES
 
 from kernels import BackendError
 from mlp import InputError, configs
 from mlp.device import Device, select
 from mlp.ranges import attach
 
-IMAGES = 566_667  # 70 % of ByMerge
 BATCHES, WIDTHS = (64, 256, 1024, 4096, 16384, 65536), (64, 256, 1024, 4096)
-CEILINGS = {"cpu": (2048, 64), "cuda": (8192, 1024)}  # order of the matrices, MB of the copied array
 EPOCH_PARTS = 10
+HIDDEN = ("layers", "data", "images", "flops", "bytes", "samples")  # columns that are not printed
 PRECISIONS = {"cpu": ("float32",), "cuda": ("float32", "tf32")}
 
 
@@ -42,63 +39,37 @@ class Bench:
         self.args, self.device = args, device
         self.data = contenders.synthetic_data(args.images)
         self.stream = device.xp.cuda.Stream(non_blocking=True) if device.kind == "cuda" else None
-        self.clock = measure.host_clock(device)
-        passes, rounds, block = (15, 1, 0.06) if device.kind == "cpu" else (1, 5, 0.02)
-        self.passes = args.passes or passes
-        self.times = {"rounds": args.rounds or rounds, "block": args.block or block, "settle": args.settle}
-        self.times["rest"] = 4 * args.settle
-        self.failed = False  # whether a contender could not be built
+        self.turns = measure.Turns(args, device)
 
-    def config(self, model: str, **changes):
-        return configs.preset(model, device=self.device.kind, fused=True, **changes)
+    def config(self, model: str, precision: str, **changes):
+        changes |= {"fused": True, "precision": contenders.PRECISIONS[precision]}
+        return configs.preset(model, device=self.device.kind, **changes)
 
-    def in_turns(self, builders, what: str, blocks=1, **times) -> dict[str, np.ndarray]:
-        table, failed = measure.built(builders, what)
-        self.failed |= bool(failed)
-        return measure.in_turns(table, self.clock, blocks=blocks, **self.times | times)
+    def in_turns(self, builders, what: str, **times) -> dict[str, np.ndarray]:
+        return self.turns.measured(self.turns.built(builders, what), **times)
 
     def common(self, config, precision: str) -> dict:
         layers = "-".join(map(str, contenders.sizes(config)))
         return {"model": config.model, "layers": layers, "batch": config.batch_size, "precision": precision}
 
     def ceilings(self, precision):
-        """The largest rates that this machine gives: of a large matrix product and, in float32, of a large copy. Each
-        pass has new arrays, because where they lie decides how fast they are copied."""
+        """Each pass has new arrays, because where they lie decides how fast they are copied."""
         samples = {}
-        for _ in range(self.passes):
-            measure.merge(samples, self.in_turns(self.ceiling_builders(precision), "ceilings"))
-        n, megabytes = CEILINGS[self.device.kind]
-        work = {"matrix": (2 * n**3, "GFLOP/s"), "copy": (2 * megabytes * 2**20, "GB/s")}
+        for _ in range(self.turns.passes):
+            measure.merge(samples, self.in_turns(contenders.ceilings(self.device, precision), "ceilings"))
         for name, times in samples.items():
-            amount, unit = work[name.split()[0]]
-            value = measure.significant(amount / measure.quiet(times) / 1e9)
-            yield {"name": name, "precision": precision, "value": value, "unit": unit}
-
-    def ceiling_builders(self, precision):
-        xp, on_cpu = self.device.xp, self.device.kind == "cpu"
-        n, megabytes = CEILINGS[self.device.kind]
-        a, b = (xp.asarray(np.random.default_rng(k).random((n, n), np.float32)) for k in range(2))
-        out, source = xp.empty_like(a), xp.ones(megabytes * 2**18, np.float32)
-        target = xp.empty_like(source)
-        table = {f"matrix product {n}": lambda: Contender(lambda k: xp.matmul(a, b, out=out))}
-        if precision == "float32":
-            table[f"copy {megabytes} MB"] = lambda: Contender(lambda k: xp.copyto(target, source))
-        if on_cpu and contenders.torch_can("cpu"):
-            import torch
-
-            to, of = torch.from_numpy(target), torch.from_numpy(source)
-            table[f"copy {megabytes} MB, torch"] = lambda: Contender(lambda k: to.copy_(of))
-        return table
+            value, unit = contenders.rate(name, self.device, times)
+            yield {"name": name, "precision": precision, "value": measure.significant(value), "unit": unit}
 
     def step(self, precision):
         """A step of each model at its own batch size."""
         samples = {model: {} for model in self.args.models}
-        for _ in range(self.passes):
+        for _ in range(self.turns.passes):
             for model in self.args.models:
-                builders = contenders.builders(self.config(model), self.data, self.device, self.stream)
+                builders = contenders.builders(self.config(model, precision), self.data, self.device, self.stream)
                 measure.merge(samples[model], self.in_turns(builders, f"step of {model} in {precision}", blocks=2))
         for model, by_name in samples.items():
-            config = self.config(model)
+            config = self.config(model, precision)
             gemm = min((by_name[name] for name in by_name if name.startswith(GEMM_ONLY)), key=measure.quiet)
             for name, times in by_name.items():
                 yield {"contender": name} | self.common(config, precision) | measure.percentiles(times, "ms") | {
@@ -108,17 +79,16 @@ class Bench:
                 }  # fmt: skip
 
     def phases(self, precision):
-        """Where a step's time goes: the ranges of --nvtx, with a clock in the place of NVTX."""
+        """Where a step's time goes: the ranges of --nvtx, with a clock in the place of NVTX. A graph has none."""
         for model in self.args.models:
-            config, table = self.config(model), {}
-            recorders = {name: PhaseClock(self.device) for name in contenders.learner_names(self.device)}
+            config, table = self.config(model, precision), {}
+            names = [name for name in contenders.learner_names(self.device) if name != contenders.GRAPH]
+            recorders = {name: PhaseClock(self.device) for name in names}
             for name, recorder in recorders.items():
                 learner = contenders.learner(name, config, self.data, self.device)
                 attach(learner, recorder)
-                run = contenders.steps(learner, len(self.data.labels))
-                table[name] = contenders.contender(name, self.device, run)
-            rounds = self.passes * self.times["rounds"]
-            measure.in_turns(table, self.clock, blocks=1, **self.times | {"rounds": rounds})
+                table[name] = contenders.stepping(learner, len(self.data.labels), self.device)
+            self.turns.measured(table, rounds=self.turns.passes * self.turns.times["rounds"])
             for name, recorder in recorders.items():
                 for phase, seconds in recorder.by_phase().items():
                     row = {"contender": name} | self.common(config, precision) | {"phase": phase}
@@ -127,26 +97,13 @@ class Bench:
     def epoch(self, precision):
         """An epoch from its order of images to its loss on the host, without validation. The contenders take turns in
         parts of it, and an epoch's time is the sum of its parts."""
-        n = len(self.data.labels)
-        order = np.random.default_rng(2).permutation(n).astype(np.int32)
-        samples = {model: {} for model in self.args.models}
-        for _ in range(self.args.epochs):
+        n, samples = len(self.data.labels), {model: {} for model in self.args.models}
+        for number in range(1, self.args.epochs + 1):
             for model in self.args.models:
-                config = self.config(model)
-                names = contenders.learner_names(self.device)
-                learners = {name: contenders.learner(name, config, self.data, self.device) for name in names}
-                seconds = dict.fromkeys(names, 0.0)
-                starts = np.arange(0, n, config.batch_size)
-                for part in np.array_split(starts, min(EPOCH_PARTS, len(starts))):
-                    table = {name: contenders.contender(name, self.device, partial(part_of_epoch, learner, order, part))
-                             for name, learner in learners.items()}  # fmt: skip
-                    once = self.times | {"rounds": 1, "settle": 0}
-                    for name, times in measure.in_turns(table, self.clock, blocks=1, **once).items():
-                        seconds[name] += times
-                measure.merge(samples[model], seconds)
+                measure.merge(samples[model], self.one_epoch(self.config(model, precision), number))
         for model, by_name in samples.items():
             for name, times in by_name.items():
-                row = {"contender": name} | self.common(self.config(model), precision)
+                row = {"contender": name} | self.common(self.config(model, precision), precision)
                 yield row | {
                     "data": self.data.name, "images": n, "samples": times.size,
                     "seconds": measure.significant(np.median(times)),
@@ -154,13 +111,27 @@ class Bench:
                     "speedup": measure.ratio(by_name["plain"], times),
                 }  # fmt: skip
 
+    def one_epoch(self, config, number: int) -> dict[str, np.ndarray]:
+        """Seconds (1,) of the epoch `number`, by contender."""
+        index = np.arange(len(self.data.labels), dtype=np.int32)
+        builders = {name: partial(contenders.learner, name, config, self.data, self.device)
+                    for name in contenders.learner_names(self.device)}  # fmt: skip
+        learners = self.turns.built(builders, f"epoch of {config.model}", partial(warm_up, index=index))
+        seconds = dict.fromkeys(learners, 0.0)
+        for part in range(EPOCH_PARTS):
+            table = {name: contenders.contender(learner, self.device, part_of_epoch(learner, index, number, part))
+                     for name, learner in learners.items()}  # fmt: skip
+            for name, times in self.turns.measured(table, rounds=1, settle=0).items():
+                seconds[name] += times
+        return seconds
+
     def sweep(self, precision):
         """The step of m1 as the batch grows, and as its hidden layers grow."""
         points = [("batch", {"batch_size": batch}) for batch in BATCHES if batch <= self.args.images // 2]
         points += [("width", {"hidden": (width,) * 3}) for width in WIDTHS]
         names = [*contenders.learner_names(self.device), contenders.CAPTURED]
         for kind, changes in points:
-            config = self.config("m1", **changes)
+            config = self.config("m1", precision, **changes)
             builders = contenders.builders(config, self.data, self.device, self.stream)
             samples = self.in_turns(
                 {name: builders[name] for name in names if name in builders}, f"sweep of {changes}", rounds=3
@@ -175,15 +146,30 @@ class Bench:
                 }  # fmt: skip
 
 
-def part_of_epoch(learner, order, starts, _=0) -> None:
-    """Train on the batches that begin at `starts`; the first begins the epoch, the last reads its loss."""
-    if starts[0] == 0:
-        learner.begin_epoch(order)
-    batch, n = learner.batch_size, len(order)
-    for start in starts.tolist():
-        learner.train_step(start, min(start + batch, n), learner.config.lr)
-    if starts[-1] + batch >= n:
-        learner.totals()
+def warm_up(learner, index) -> None:
+    """Train on what has every shape of an epoch: one launch, one step, and the rest of the images."""
+    batch = learner.batch_size
+    some = index[: batch * (learner.steps_per_launch + 1) + len(index) % batch]
+    learner.begin_epoch(some, 0)
+    learner.train(0, len(some), learner.config.lr)
+    learner.totals()
+
+
+def part_of_epoch(learner, index, number: int, part: int):
+    """run(k): a part of an epoch on `index`, in whole launches; the first part puts the images in the order of the
+    epoch `number`, the last one takes the rest and reads the loss."""
+    n, stride = len(index), learner.batch_size * learner.steps_per_launch
+    begin, end = (min(n, p * (n // stride) // EPOCH_PARTS * stride) for p in (part, part + 1))
+    last = part == EPOCH_PARTS - 1
+
+    def run(_=0):
+        if part == 0:
+            learner.begin_epoch(index, number)
+        learner.train(begin, n if last else end, learner.config.lr)
+        if last:
+            learner.totals()
+
+    return run
 
 
 def work(config) -> tuple[int, int]:
@@ -197,15 +183,6 @@ def work(config) -> tuple[int, int]:
     return flops, moved
 
 
-def print_rows(part: str, rows: list[dict]) -> None:
-    hidden = {*MACHINE, "layers", "data", "images", "flops", "bytes", "samples"}
-    names = [name for name in rows[0] if name not in hidden]
-    widths = [max(len(name), *(len(str(row[name])) for row in rows)) + 2 for name in names]
-    print(f"\n{part}: {rows[0]['device']}, {rows[0]['cores']} cores")
-    for row in [dict(zip(names, names)), *rows]:
-        print("".join(str(row[name]).ljust(width) for name, width in zip(names, widths)).rstrip(), flush=True)
-
-
 def parser() -> argparse.ArgumentParser:
     parts = ["ceilings", "step", "phases", "epoch", "sweep"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -213,10 +190,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", type=lambda text: text.split(","), default=parts, help=f"of {','.join(parts)}")
     parser.add_argument("--models", type=lambda text: text.split(","), default=["m0", "m1"], help="default: m0,m1")
     parser.add_argument("--images", type=int, default=IMAGES, help=f"in the data set (default: {IMAGES})")
-    parser.add_argument("--passes", type=int, help="times that all is measured (default: 15, on a GPU 1)")
-    parser.add_argument("--rounds", type=int, help="turns of each contender in a pass (default: 1, on a GPU 5)")
-    parser.add_argument("--block", type=float, help="seconds of a sample, at least (default: 0.06, on a GPU 0.02)")
-    parser.add_argument("--settle", type=float, default=0.05, help="untimed seconds before a turn (default: 0.05)")
+    measure.Turns.add_options(parser)
     parser.add_argument("--epochs", type=int, default=2, help="epochs of each contender (default: 2)")
     parser.add_argument("--out", type=Path, help="folder of the results (default: profile/results/<device>)")
     return parser
@@ -241,13 +215,14 @@ def main(argv=None) -> int:
         bench = Bench(args, device)
         facts = machine.facts(device.name, device.kind)
         folder = args.out or machine.results_folder(device.name, facts["cores"] if device.kind == "cpu" else None)
-        for part in args.parts:
-            rows = []
-            for precision in PRECISIONS[device.kind]:
-                contenders.set_precision(device, precision)
-                rows += [row | facts for row in getattr(bench, part)(precision)]
-            print_rows(part, rows)
-            machine.write_csv(folder / f"{part}.csv", rows)
+        with contenders.private_cache():
+            for part in args.parts:
+                rows = []
+                for precision in PRECISIONS[device.kind]:
+                    contenders.set_torch_precision(device, precision)
+                    rows += [row | facts for row in getattr(bench, part)(precision)]
+                measure.print_rows(part, rows, HIDDEN)
+                machine.write_csv(folder / f"{part}.csv", rows)
         print(f"written to {folder}")
     except (InputError, BackendError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -255,7 +230,7 @@ def main(argv=None) -> int:
     except MemoryError as error:  # CuPy's OutOfMemoryError is one too; the parts before it are written
         print(f"error: {part} does not fit into memory ({error}); give --parts without it", file=sys.stderr)
         return 2
-    return int(bench.failed)
+    return int(bench.turns.failed)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from result_files import MACHINE  # noqa: E402
+
 from kernels import host  # noqa: E402
 from mlp import InputError  # noqa: E402
 from mlp.device import Device  # noqa: E402
@@ -31,16 +33,20 @@ class Contender:
     repeats: int = 1
 
 
-def built(builders: dict[str, Callable[[], Contender]], what: str) -> tuple[dict[str, Contender], dict[str, str]]:
-    """The contenders that could be built, after a first call, and by name why the others could not: one that fails is
+def first_call(contender: Contender) -> None:
+    contender.run(0)
+
+
+def built(builders: dict[str, Callable], what: str, first=first_call) -> tuple[dict, dict[str, str]]:
+    """What could be built, by name, after first() of it, and by name why the others could not: one that fails is
     reported and must not cost the others."""
     table, failed = {}, {}
     for name, build in builders.items():
         try:
-            contender = build()
-            contender.run(0)
-            table[name] = contender
+            table[name] = build()
+            first(table[name])
         except Exception as error:
+            table.pop(name, None)
             failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             print(f"error: {what}, {name}: {failed[name]}", file=sys.stderr)
     return table, failed
@@ -99,6 +105,38 @@ def in_turns(table: dict[str, Contender], clock, *, rounds, blocks, block, settl
                 samples[name].append(clock(contender.run, calls, n) / (n * contender.repeats))
                 calls += n
     return {name: np.array(times) for name, times in samples.items()}
+
+
+class Turns:
+    """The clock of a script that measures whole steps, how often and how long it does by its options, and whether a
+    contender `failed`."""
+
+    DEFAULTS = {"cpu": (15, 1, 0.06), "cuda": (1, 5, 0.02)}  # passes, rounds, seconds of a block
+
+    def __init__(self, args, device: Device):
+        passes, rounds, block = self.DEFAULTS[device.kind]
+        self.clock, self.passes, self.failed = host_clock(device), args.passes or passes, False
+        self.times = {"rounds": args.rounds or rounds, "block": args.block or block, "settle": args.settle}
+        self.times["rest"] = 4 * args.settle
+
+    @classmethod
+    def add_options(cls, parser) -> None:
+        (passes, rounds, block), (on_gpu, turns, short) = cls.DEFAULTS.values()
+        add = parser.add_argument
+        add("--passes", type=int, help=f"times that all is measured (default: {passes}, on a GPU {on_gpu})")
+        add("--rounds", type=int, help=f"turns of each contender in a pass (default: {rounds}, on a GPU {turns})")
+        add("--block", type=float, help=f"seconds of a sample, at least (default: {block}, on a GPU {short})")
+        add("--settle", type=float, default=0.05, help="untimed seconds before a turn (default: 0.05)")
+
+    def built(self, builders, what: str, first=first_call) -> dict:
+        """What could be built; see the function of this name."""
+        table, failed = built(builders, what, first)
+        self.failed |= bool(failed)
+        return table
+
+    def measured(self, table: dict[str, Contender], blocks=1, **times) -> dict[str, np.ndarray]:
+        """in_turns() with the script's clock and times, but for those given."""
+        return in_turns(table, self.clock, blocks=blocks, **self.times | times)
 
 
 def merge(collected: dict[str, np.ndarray], samples: dict[str, np.ndarray]) -> None:
@@ -174,6 +212,16 @@ def torch_graph(launches, stream):
             graph.replay()
 
     return run
+
+
+def print_rows(title: str, rows: list[dict], hidden=()) -> None:
+    """The rows of a result file as a table, without the columns `hidden` and those of the machine."""
+    names = [name for name in rows[0] if name not in (*MACHINE, *hidden)]
+    widths = [max(len(name), *(len(str(row.get(name, ""))) for row in rows)) + 2 for name in names]
+    print(f"\n{title}: {rows[0]['device']}, {rows[0]['cores']} cores")
+    for row in [dict(zip(names, names)), *rows]:
+        line = "".join(str(row.get(name, "")).ljust(width) for name, width in zip(names, widths))
+        print(line.rstrip(), flush=True)
 
 
 def check_times(args) -> None:

@@ -5,8 +5,10 @@
     python profile/nsight.py ncu                       # Nsight Compute: every kernel of ours in one fused step
 
 The tool runs this script again, which trains on synthetic bytes of ByMerge's shape: first to warm up, unrecorded, then
-between cudaProfilerStart and cudaProfilerStop. The folder gets the tool's report <model>-<contender>.nsys-rep or
-.ncu-rep, and its figures as nsys_kernels.csv and nsys_ranges.csv or ncu.csv, a file for all models and contenders.
+between cudaProfilerStart and cudaProfilerStop. Its steps are launched op by op, as with train.py --nvtx, because phases
+and kernels have no names in the launch of a CUDA graph. The contender `own` is fused with our own matrix products, in
+TF32. The folder gets the tool's report <model>-<contender>.nsys-rep or .ncu-rep, and its figures as nsys_kernels.csv
+and nsys_ranges.csv or ncu.csv, a file for all models and contenders.
 """
 
 import argparse
@@ -17,11 +19,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import machine
 import nsight_tables as tables
-import numpy as np
 import step_contenders
 
 from kernels import BackendError, cuda
@@ -29,13 +31,20 @@ from mlp import InputError, configs, ranges
 from mlp.data import stratified_split
 from mlp.device import select
 from mlp.loop import fit
+from mlp.run import make_learner
 
 IMAGES = 809_555  # of which 70 % are trained on
 WARM_UP = 20  # steps before the one that ncu records
 NAMES = {"nsys": "Nsight Systems", "ncu": "Nsight Compute"}
 CUDA_BIN, OPT = Path("/usr/local/cuda/bin"), Path("/opt/nvidia")  # where NVIDIA's installers put them
 IN_OPT = {"nsys": ("nsight-*/*/bin/nsys", "nsight-*/*/host/target-linux-*/nsys"), "ncu": ("nsight-*/*/ncu",)}
-OURS = "regex:^(bias_act_[a-z_]+|softmax_xent_[0-9]+|adam|sgd|gather)$"  # the kernels of kernels/src/module.cu
+OURS = (  # the kernels of kernels/src/module.cu
+    "regex:^(bias_act_[a-z_]+|softmax_xent_[0-9]+|adam|sgd|gather|shuffle|advance|to_bfloat16"
+    "|gemm_(forward|input_gradient|weight_gradient)_[a-z0-9_]+)$"
+)
+CONTENDERS = {  # what differs from the preset
+    "plain": {}, "fused": {"fused": True}, "own": {"fused": True, "gemm": "own", "precision": "tf32"}, "torch": {},
+}  # fmt: skip
 
 
 def switch(device, on: bool) -> None:
@@ -49,7 +58,7 @@ def switch(device, on: bool) -> None:
 def one_epoch(learner, split, config, device) -> None:
     """Train and validate two epochs, of which the second is recorded, with its NVTX ranges."""
     annotate = ranges.nvtx_annotate()
-    ranges.attach(learner, annotate)
+    ranges.attach(learner, annotate)  # launches op by op
 
     def after_epoch(history):
         switch(device, on=len(history.rows) == 1)
@@ -61,10 +70,11 @@ def one_epoch(learner, split, config, device) -> None:
 
 def one_step(learner, split, config, device) -> None:
     """Train WARM_UP steps and one more, which is recorded."""
-    batch, order = learner.batch_size, np.random.default_rng(0).permutation(split.train)
-    learner.begin_epoch(order)
+    ranges.attach(learner, lambda name: nullcontext())  # launches op by op
+    batch = learner.batch_size
+    learner.begin_epoch(split.train, 1)
     for k in range(WARM_UP + 1):
-        start = k * batch % (len(order) - batch + 1)
+        start = k * batch % (len(split.train) - batch + 1)
         if k == WARM_UP:
             switch(device, on=True)
         learner.train_step(start, start + batch, config.lr)
@@ -73,13 +83,13 @@ def one_step(learner, split, config, device) -> None:
 
 def child(args) -> None:
     """What the tool runs."""
-    fused = args.contender == "fused"
-    device = select(args.device, fused)
-    config = configs.preset(args.model, epochs=2, device=args.device, fused=fused)
-    data = step_contenders.synthetic_data(args.images)
+    config = configs.preset(args.model, epochs=2, device=args.device, **CONTENDERS[args.contender])
+    device, data = select(args.device, config.fused), step_contenders.synthetic_data(args.images)
     split = stratified_split(data.labels)
-    name = step_contenders.EAGER if args.contender == "torch" else args.contender
-    learner = step_contenders.learner(name, config, data, device)
+    if args.contender == "torch":
+        learner = step_contenders.learner(step_contenders.EAGER, config, data, device)
+    else:
+        learner, _ = make_learner(config, data, device, len(split.train))
     {"nsys": one_epoch, "ncu": one_step}[args.tool](learner, split, config, device)
 
 
@@ -191,7 +201,7 @@ def arguments(argv) -> argparse.Namespace:
     add = parser.add_argument
     add("tool", choices=tuple(NAMES), help="nsys: timeline of an epoch; ncu: counters of a step's kernels")
     add("--model", default="m1", help="a preset of train.py (default: m1)")
-    add("--contender", choices=("plain", "fused", "torch"), default="fused", help="who trains (default: fused)")
+    add("--contender", choices=tuple(CONTENDERS), default="fused", help="who trains (default: fused)")
     add("--all-kernels", action="store_true", help="ncu: not only ours; the matrix products, too")
     add("--out", type=Path, help="folder of the reports (default: profile/results/<gpu>)")
     add("--print", action="store_true", help="print the commands that would be run, and leave")
@@ -201,7 +211,7 @@ def arguments(argv) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.all_kernels and args.tool != "ncu":
         parser.error("--all-kernels belongs to ncu; nsys records every kernel")
-    if args.tool == "ncu" and args.contender != "fused" and not (args.all_kernels or args.child):
+    if args.tool == "ncu" and args.contender in ("plain", "torch") and not (args.all_kernels or args.child):
         parser.error(f"--contender {args.contender} launches no kernel of ours; give --all-kernels, too")
     return args
 

@@ -24,6 +24,7 @@ ALT = {
     "bandwidth.png": "Bandwidth of every op against the bytes that it moves",
     "step.png": "Time of a training step by phase",
     "scaling.png": "Images per second against the batch and against the width of the hidden layers",
+    "ladder.png": "Time of a training step, one change after another, and what was predicted",
     "roofline.png": "Arithmetic rate of training steps against their intensity, under the measured ceilings",
 }
 
@@ -72,7 +73,17 @@ def epoch_table(rows: list[Row]) -> tuple[list, list[Row]]:
     return table, rows
 
 
+def ladder_table(rows: list[Row]) -> tuple[list, list[Row]]:
+    table = [("rung", "what changes", "precision", "launches", "µs/step (p20–p80)", "predicted µs", "bound by",
+              "× plain's speed", "× the speed before")]  # fmt: skip
+    for row in rows:
+        cells = (row[column] or "–" for column in ("predicted_us", "bound", "speedup", "gain"))
+        table.append((row["rung"], row["what"], row["precision"], row["launches"] or "–", spread(row, "us"), *cells))
+    return table, rows
+
+
 TABLES = {  # name: (file, its table, the plots below it)
+    "ladder table": ("ladder.csv", ladder_table, ("ladder.png",)),
     "step table": ("step.csv", step_table, ("step.png", "scaling.png", "roofline.png")),
     "kernel table": ("kernels.csv", kernel_table, ("kernels.png", "bandwidth.png")),
     "epoch table": ("epoch.csv", epoch_table, ()),
@@ -84,12 +95,25 @@ def caption(path: Path, rows: list[Row]) -> str:
     samples = sorted({int(number(row, "samples")) for row in rows if row["samples"]})
     n = "–".join(map(str, samples[:1] + samples[1:][-1:]))
     text = f"{machine(rows[0])}, {rows[0]['versions']}; {n} samples each; {made(rows)}. `{path.as_posix()}`"
-    noted = [row for row in rows if row.get("note")]
+    return "\n\n".join([text, *notes([row for row in rows if row.get("note")], rows)])
+
+
+def notes(noted: list[Row], rows: list[Row]):
+    """A sentence per contender and note: which ops have it, if not all; and of the ladder, per note: which rungs."""
+    if noted and "rung" in noted[0]:
+        for note in unique(noted, "note"):
+            yield f"{', '.join(unique([row for row in noted if row['note'] == note], 'rung'))}: {note}."
+        return
     for contender, note in unique(noted, "contender", "note"):
         ops = [row["op"] for row in noted if (row["contender"], row["note"]) == (contender, note)]
         everywhere = len(ops) == len(unique(rows, "op"))
-        text += f"\n\n{contender}: {note}" + ("." if everywhere else f" ({', '.join(ops)}).")
-    return text
+        yield f"{contender}: {note}" + ("." if everywhere else f" ({', '.join(ops)}).")
+
+
+def costs(rows: list[Row]) -> str:
+    """What the ladder's predictions were made of."""
+    cells = (f"{row['name']} {row['value']} {row['unit'].replace('us', 'µs')}" for row in rows)
+    return f"Predicted from, in the same run: {'; '.join(cells)}."
 
 
 def section(name: str, everything: dict[Path, Results]) -> str:
@@ -102,6 +126,8 @@ def section(name: str, everything: dict[Path, Results]) -> str:
             (header, *lines), shown = table(results[file])
             cells = [header, ["---"] * len(header), *lines]
             parts += ["\n".join(f"| {' | '.join(line)} |" for line in cells), caption(place / file, shown)]
+            if file == "ladder.csv" and "costs.csv" in results:
+                parts.append(costs(results["costs.csv"]))
         drawn = [picture for picture in pictures if picture in report_plots.possible(results)]
         on = machine(next(iter(results.values()))[0])
         parts += [f"![{ALT[picture]}: {on}]({(place / picture).as_posix()})" for picture in drawn]

@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import ladder_plot
 import numpy as np
 from phase_clock import PHASES
 from result_files import InputError, Results, Row, machine, made, number, unique
@@ -223,6 +224,7 @@ PLOTS = {  # file: (function, results files that it needs)
     "step.png": (step, ("phases.csv",)),
     "scaling.png": (scaling, ("sweep.csv",)),
     "roofline.png": (roofline, ("sweep.csv", "ceilings.csv")),
+    "ladder.png": (ladder_plot.ladder, ("ladder.csv",)),
 }
 
 

@@ -25,6 +25,9 @@ LOOK = {  # colours of Okabe and Ito (2008), which colour-blind readers tell apa
     "GEMMs alone, shared threads": ("#4d4d4d", "x"),
     "GEMMs alone, torch CUDA graph": ("#4d4d4d", "+"),
 }
+# The rungs of ladder.csv, by the name before the comma: array code, fused ops, graphs of them; torch's have a LOOK.
+RUNGS = dict.fromkeys(("plain", "arena Adam", "resident data"), "plain") | {"fused ops": "fused"}
+RUNGS |= dict.fromkeys(("graph", "TF32", "epilogues", "own GEMM", "bf16"), "fused, CUDA graph")
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}  # behind text that lies on lines
 
 
@@ -32,6 +35,11 @@ def look(contender: str) -> tuple[str, str]:
     if contender not in LOOK:
         raise InputError(f"the contender {contender} has no colour; give it one in LOOK of profile/report_style.py")
     return LOOK[contender]
+
+
+def rung_look(rung: str) -> str:
+    """The contender of LOOK whose colour a rung of the ladder has."""
+    return RUNGS.get(rung.partition(",")[0], rung)
 
 
 def binary(size: float) -> str:

@@ -23,15 +23,21 @@ COLUMNS = {
     "sweep.csv": "sweep contender model layers batch width precision samples p20_ms p50_ms p80_ms flops bytes "
                  "gflop_per_s images_per_second",
     "ceilings.csv": "name precision value unit",
+    "ladder.csv": "rung what precision launches bytes flops predicted_us bound samples p20_us p50_us p80_us speedup "
+                  "gain note",
+    "costs.csv": "name value unit",
+    "launches.csv": "contender precision steps samples p20_us p50_us p80_us",
 }  # fmt: skip
 COLUMNS = {name: (*columns.split(), *MACHINE) for name, columns in COLUMNS.items()}
 # What tells the rows of a file apart. Every column is a number but these, the texts and MACHINE.
-KEY = ("name", "sweep", "op", "contender", "size", "model", "layers", "batch", "width", "precision", "phase", "data")
-NUMBERS = ("size", "batch", "width", "cores")
-TEXTS = ("shape", "dtype", "note", "unit")
+KEY = ("name", "sweep", "op", "rung", "contender", "size", "model", "layers", "batch", "width", "precision", "steps",
+       "phase", "data")  # fmt: skip
+NUMBERS = ("size", "batch", "width", "steps", "cores")
+TEXTS = ("shape", "dtype", "note", "unit", "what", "bound")
 # These may be empty where `note` says why.
-MEASURED = ("samples", "p20_us", "p50_us", "p80_us", "gb_per_s", "share_of_copy", "speedup")
-RATIOS = ("share_of_copy", "speedup", "to_gemm")
+MEASURED = ("samples", "p20_us", "p50_us", "p80_us", "gb_per_s", "share_of_copy", "speedup", "launches", "bytes",
+            "flops", "predicted_us", "bound", "gain")  # fmt: skip
+RATIOS = ("share_of_copy", "speedup", "to_gemm", "gain")
 
 Row = dict[str, str]
 Results = dict[str, list[Row]]  # by file name

@@ -1,9 +1,14 @@
 """The whole training step in every form that is timed, on one data set of synthetic bytes.
 
-A step is one batch: gather, forward, loss, backward, optimizer. Each learner is what train.py would train with.
+A step is one batch: gather, forward, loss, backward, optimizer. `fused` is call by call, so on a GPU with CuPy's
+products; `fused, CUDA graph` is what train.py makes where cuBLASLt's are there: several steps in a launch.
 """
 
+import os
+import tempfile
 from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -11,15 +16,20 @@ import measure
 import numpy as np
 from measure import Contender
 
+from mlp import InputError, run
 from mlp.configs import Config
 from mlp.data import BYMERGE_CLASSES, PIXELS, Dataset
 from mlp.device import Device, select
+from mlp.gemm import ArrayGemm
 from mlp.ranges import attach, nvtx_annotate
 from mlp.scratch import ScratchLearner
 
+IMAGES = 566_667  # 70 % of ByMerge
 EAGER, COMPILED = "torch eager, fused optimizer", "torch.compile, fused optimizer"
-CAPTURED = "torch CUDA graph, fused optimizer"
+GRAPH, CAPTURED = "fused, CUDA graph", "torch CUDA graph, fused optimizer"
 GEMM_ONLY = "GEMMs alone"  # the names of all contenders that compute nothing but the matrix products begin so
+CEILINGS = {"cpu": (2048, 64), "cuda": (8192, 1024)}  # order of the matrices, MB of the copied array
+PRECISIONS = {"float32": "fp32", "tf32": "tf32", "bf16": "bf16"}  # in result files -> --precision
 
 
 def synthetic_data(images: int) -> Dataset:
@@ -34,46 +44,70 @@ def sizes(config: Config) -> tuple[int, ...]:
     return PIXELS, *config.hidden, len(BYMERGE_CLASSES)
 
 
-def set_precision(device: Device, precision: str) -> None:
-    """Let float32 matrix products on a GPU round their factors to TF32, in CuPy and torch alike, or not."""
-    if device.kind == "cpu":
-        return
-    from cupy._core import _routines_linalg as linalg
+@contextmanager
+def private_cache():
+    """Plans of layers (mlp/tuning.py) are timed anew in this block, and the user's are neither read nor changed."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["XDG_CACHE_HOME"]
+            if before is not None:
+                os.environ["XDG_CACHE_HOME"] = before
 
-    compute = linalg.COMPUTE_TYPE_TF32 if precision == "tf32" else linalg.COMPUTE_TYPE_DEFAULT
-    linalg.set_compute_type(np.dtype(np.float32), compute)
-    if measure.has_torch():
+
+def set_torch_precision(device: Device, precision: str) -> None:
+    """Let torch's float32 matrix products on a GPU round their factors to TF32, or not."""
+    if device.kind == "cuda" and measure.has_torch():
         import torch
 
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
 
 
-def steps(learner, images: int):
-    """run(k): the learner trains on the k-th batch, over and over through a shuffled epoch."""
-    learner.begin_epoch(np.random.default_rng(1).permutation(images).astype(np.int32))
-    batch, lr = learner.batch_size, learner.config.lr
-    starts = images - batch + 1
-    return lambda k: learner.train_step(k * batch % starts, k * batch % starts + batch, lr)
-
-
 def learner(name: str, config: Config, data: Dataset, device: Device):
-    """What train.py would train with, or its twin in torch."""
+    """What train.py would train with, or its twin in torch. InputError for a graph where steps cannot be captured."""
     images = len(data.labels)
     if name in ("plain", "fused"):
-        return ScratchLearner(config, data, select(device.kind, name == "fused"), images)
+        config = replace(config, fused=name == "fused", gemm="cupy")
+        return ScratchLearner(config, data, select(device.kind, config.fused), images)
+    if name == GRAPH:
+        ours, _ = run.make_learner(config, data, select(device.kind, True), images)
+        if not ours.captures:
+            raise InputError(ours.products.notice or f"no CUDA graph of the products {config.gemm} on {device.name}")
+        return ours
     from mlp.torch_models import TorchLearner
 
     return TorchLearner(config, data, device.kind, images, compile=name == COMPILED)
 
 
-def contender(name: str, device: Device, run) -> Contender:
-    """The contender that calls `run` of the learner `name`."""
-    return Contender(run, shared=device.kind == "cpu" and name == "fused")
+def contender(learner, device: Device, run, repeats: int = 1) -> Contender:
+    """The contender that calls `run`, which makes `repeats` steps of the learner."""
+    shared = device.kind == "cpu" and getattr(learner.device, "fused", False)
+    return Contender(run, shared, repeats)
+
+
+def stepping(learner, images: int, device: Device, steps: int | None = None) -> Contender:
+    """The learner trains on batch after batch, over and over through a shuffled epoch of all images: `steps` of them in
+    a call, or as many as it launches at once, but no more than there are."""
+    n = min(steps or learner.steps_per_launch, images // learner.batch_size)
+    learner.begin_epoch(np.random.default_rng(1).permutation(images).astype(np.int32))
+    stride, lr = n * learner.batch_size, learner.config.lr
+    calls = images // stride
+
+    def run(k):
+        learner.steps_per_launch = n
+        start = k % calls * stride
+        learner.train(start, start + stride, lr)
+
+    return contender(learner, device, run, n)
 
 
 def learner_names(device: Device) -> list[str]:
     """The learners that this machine can have."""
-    return ["plain", "fused", *([EAGER] if torch_can(device.kind) else [])]
+    names = ["plain", "fused", *([GRAPH] if device.kind == "cuda" else [])]
+    return [*names, *([EAGER] if torch_can(device.kind) else [])]
 
 
 def torch_can(kind: str) -> bool:
@@ -129,9 +163,9 @@ def gemms(config: Config, multiply, new, empty):
 
 
 def array_gemms(config: Config, xp):
-    rng = np.random.default_rng(0)
+    rng, multiply = np.random.default_rng(0), ArrayGemm(xp, config.precision).forward
     new = lambda *shape: xp.asarray(rng.standard_normal(shape, dtype=np.float32))  # noqa: E731
-    return gemms(config, lambda a, b, out: xp.matmul(a, b, out=out), new, lambda *s: xp.empty(s, np.float32))
+    return gemms(config, multiply, new, lambda *shape: xp.empty(shape, np.float32))
 
 
 def captured_gemms(config: Config, stream):
@@ -150,7 +184,7 @@ def builders(config: Config, data: Dataset, device: Device, stream) -> dict[str,
         model = learner(name, config, data, device)
         if ranges:
             attach(model, nvtx_annotate())
-        return contender(name, device, steps(model, len(data.labels)))
+        return stepping(model, len(data.labels), device)
 
     table = {name: partial(trained, name) for name in learner_names(device)}
     table["fused, NVTX ranges attached"] = partial(trained, "fused", ranges=True)
@@ -162,3 +196,29 @@ def builders(config: Config, data: Dataset, device: Device, stream) -> dict[str,
         table[CAPTURED] = lambda: Contender(torch_captured(config, data, stream))
         table[f"{GEMM_ONLY}, torch CUDA graph"] = lambda: Contender(captured_gemms(config, stream))
     return table
+
+
+def ceilings(device: Device, precision: str) -> dict[str, Callable[[], Contender]]:
+    """A large matrix product and, in float32, a large copy: the largest rates that this machine gives."""
+    xp, (n, megabytes) = device.xp, CEILINGS[device.kind]
+    a, b = (xp.asarray(np.random.default_rng(k).random((n, n), np.float32)) for k in range(2))
+    out, multiply = xp.empty_like(a), ArrayGemm(xp, PRECISIONS[precision]).forward
+    table = {f"matrix product {n}": lambda: Contender(lambda k: multiply(a, b, out))}
+    if precision != "float32":
+        return table
+    source = xp.ones(megabytes * 2**18, np.float32)
+    target = xp.empty_like(source)
+    table[f"copy {megabytes} MB"] = lambda: Contender(lambda k: xp.copyto(target, source))
+    if device.kind == "cpu" and torch_can("cpu"):
+        import torch
+
+        to, of = torch.from_numpy(target), torch.from_numpy(source)
+        table[f"copy {megabytes} MB, torch"] = lambda: Contender(lambda k: to.copy_(of))
+    return table
+
+
+def rate(name: str, device: Device, times: np.ndarray) -> tuple[float, str]:
+    """The rate of a contender of ceilings(), and its unit. A copy reads its bytes and writes them."""
+    n, megabytes = CEILINGS[device.kind]
+    amount, unit = (2 * n**3, "GFLOP/s") if name.startswith("matrix") else (2 * megabytes * 2**20, "GB/s")
+    return amount / measure.quiet(times) / 1e9, unit

@@ -118,7 +118,50 @@ def ceilings(gpu: bool):
            "value": 2931.4 if gpu else 21.2, "unit": "GB/s"}  # fmt: skip
 
 
-FILES = {f"{function.__name__}.csv": function for function in (kernels, step, phases, epoch, sweep, ceilings)}
+LADDER = {  # rung: (precision, launches, factor of the products' time in float32, kind of its cost)
+    "plain": ("float32", 171, 11.0, "launches"), "arena Adam": ("float32", 80, 6.0, "launches"),
+    "resident data": ("float32", 89, 4.4, "launches"), "fused ops": ("float32", 23, 2.1, "launches"),
+    "graph": ("float32", 23, 1.3, "flops"), "graph, 16 steps per launch": ("float32", 23, 1.15, "flops"),
+    "TF32": ("tf32", 23, 0.52, "nodes"), "epilogues": ("tf32", 16, 0.4, "nodes"),
+    "own GEMM": ("tf32", 16, 0.35, "nodes"), "bf16": ("bf16", 25, 0.47, "nodes"),
+    "torch eager, fused optimizer": ("float32", "", 4.0, ""),
+    "torch CUDA graph, fused optimizer": ("float32", "", 1.9, ""),
+}  # fmt: skip
+ON_CPU = ("plain", "arena Adam", "fused ops", "torch eager, fused optimizer")
+
+
+def ladder(gpu: bool):
+    unit, before = 1e3 * gemms_ms(MODELS["m1"], 512, gpu, "float32"), None
+    for rung in LADDER if gpu else ON_CPU:
+        precision, launches, factor, bound = LADDER[rung]
+        factor = factor if gpu else 1 + factor / 20
+        row = {"rung": rung, "what": f"the change of {rung}", "precision": precision, "samples": 10,
+               "speedup": f"{(11.0 if gpu else 1.55) / factor:.3f}", "note": ""}  # fmt: skip
+        row |= percentiles(unit * factor, "us")
+        if not launches:
+            yield row | {"note": "not a rung; its launches are not counted"}
+            continue
+        before = before or factor
+        yield row | {
+            "launches": launches, "bytes": 39027460, "flops": 1042964480, "predicted_us": f"{unit * factor * 0.8:.3f}",
+            "bound": bound, "gain": f"{before / factor:.3f}", "note": "all separate" if rung == "epilogues" else "",
+        }  # fmt: skip
+        before = factor
+
+
+def costs(gpu: bool):
+    yield {"name": "launch", "value": 3.71 if gpu else 0.53, "unit": "us"}
+    yield {"name": "matrix product 2048, float32", "value": 201.4, "unit": "GFLOP/s"}
+
+
+def launches(gpu: bool):
+    for power in range(7):
+        yield {"contender": "graph", "precision": "float32", "steps": 2**power, "samples": 10} | (
+            percentiles(60 + 8 / 2**power, "us"))  # fmt: skip
+
+
+FUNCTIONS = (kernels, step, phases, epoch, sweep, ceilings, ladder, costs, launches)
+FILES = {f"{function.__name__}.csv": function for function in FUNCTIONS}
 
 
 def write(folder: Path, gpu: bool = False, files=tuple(FILES), **machine) -> Path:

@@ -16,6 +16,8 @@ import scipy.special
 import kernels
 from kernels import plain
 from mlp.device import Device
+from mlp.gemm import ArrayGemm
+from mlp.products import Products
 
 
 class Array(np.ndarray):
@@ -31,6 +33,8 @@ class Array(np.ndarray):
 
 
 class Event:
+    at = None
+
     def record(self, stream=None):
         self.at = time.perf_counter()
 
@@ -52,7 +56,15 @@ class Graph:
 class Stream(contextlib.nullcontext):
     def __init__(self, non_blocking=False):
         super().__init__()
-        self.capturing, self.graphs = False, []
+        self.capturing, self.graphs, self.ptr = False, [], id(self)
+
+    def record(self):
+        event = Event()
+        event.record(self)
+        return event
+
+    def wait_event(self, event):
+        event.synchronize()
 
     def begin_capture(self):
         self.capturing = True
@@ -78,6 +90,44 @@ class Generator:
         return self._rng.random(shape, dtype).view(Array)
 
 
+class Library:
+    """Products that can be captured, with epilogues, and that compute nothing."""
+
+    captures, workspace_bytes = True, 0
+
+    @staticmethod
+    def mask_shape(rows, columns):
+        return rows, -(-columns // 128) * 16
+
+    def __getattr__(self, name):
+        def call(*args, **kwargs):
+            pass
+
+        call.__name__ = name
+        return call
+
+
+def select_products(config, device) -> Products:
+    """In the place of mlp.products.select, where nvmath and a GPU are needed."""
+    if not config.fused or config.gemm == "cupy":
+        return Products(ArrayGemm(device.xp, config.precision), precision=config.precision)
+    if config.gemm == "own":
+        return Products(None, Library(), config.precision)
+    return Products(Library(), None, config.precision, epilogues=True)
+
+
+class Linalg(SimpleNamespace):
+    """cupy._core._routines_linalg, as far as the precision of matrix products goes."""
+
+    COMPUTE_TYPE_TF32, COMPUTE_TYPE_DEFAULT, now = "tf32", "default", "default"
+
+    def set_compute_type(self, dtype, to):
+        self.now = to
+
+    def get_compute_type(self, dtype):
+        return self.now
+
+
 class CuPy(ModuleType):
     """NumPy by another name, with what CuPy has beside it. There is no ElementwiseKernel."""
 
@@ -85,16 +135,17 @@ class CuPy(ModuleType):
 
     def __init__(self):
         super().__init__("cupy")
-        self.streams, self.precisions = [], []
+        self.streams = []
         self.random = SimpleNamespace(default_rng=Generator)
         self.cuda = SimpleNamespace(
             Stream=self._stream, Event=Event, get_elapsed_time=lambda begin, end: (end.at - begin.at) * 1e3,
             get_current_stream=Stream, MemoryPool=lambda: SimpleNamespace(malloc=None),
-            using_allocator=contextlib.nullcontext, runtime=SimpleNamespace(driverGetVersion=lambda: 12080),
-            Device=lambda: SimpleNamespace(attributes={"L2CacheSize": 150_000}, synchronize=lambda: None),
+            using_allocator=contextlib.nullcontext,
+            runtime=SimpleNamespace(driverGetVersion=lambda: 12080, memGetInfo=lambda: (2**40, 2**40)),
+            Device=lambda: SimpleNamespace(id=0, attributes={"L2CacheSize": 150_000}, synchronize=lambda: None),
         )  # fmt: skip
 
-    def _stream(self, non_blocking):
+    def _stream(self, non_blocking=False):
         self.streams.append(Stream())
         return self.streams[-1]
 
@@ -119,14 +170,9 @@ class CuPy(ModuleType):
 def install(monkeypatch) -> CuPy:
     """Put the stand-in in CuPy's place."""
     cupy = CuPy()
-    linalg = SimpleNamespace(
-        COMPUTE_TYPE_TF32="tf32",
-        COMPUTE_TYPE_DEFAULT="default",
-        set_compute_type=lambda dtype, to: cupy.precisions.append(to),
-    )
     modules = {
         "cupy": cupy, "cupyx": ModuleType("cupyx"), "cupyx.scipy": ModuleType("cupyx.scipy"),
-        "cupyx.scipy.special": scipy.special, "cupy._core": SimpleNamespace(_routines_linalg=linalg),
+        "cupyx.scipy.special": scipy.special, "cupy._core": SimpleNamespace(_routines_linalg=Linalg()),
     }  # fmt: skip
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)

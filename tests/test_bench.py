@@ -1,9 +1,12 @@
 """The measuring scripts: every contender computes the op, the CPU's runs are whole, and the GPU's paths execute."""
 
 import csv
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+from mlp import products, scratch, tuning
 
 from . import stand_in_gpu
 from .training import ROOT
@@ -28,6 +31,8 @@ def gpu(monkeypatch):
     import step_contenders
 
     cupy = stand_in_gpu.install(monkeypatch)
+    monkeypatch.setattr(products, "select", stand_in_gpu.select_products)
+    monkeypatch.setattr(tuning, "GraphTimer", lambda device: lambda body, recorder: 1.0)
     for module in (bench_kernels, bench_step, step_contenders):
         monkeypatch.setattr(module, "select", lambda kind, fused: stand_in_gpu.device(cupy, fused))
     return cupy
@@ -144,10 +149,11 @@ STEP_FAST = ["--images", "1024", "--passes", "1", "--rounds", "1", "--epochs", "
 @pytest.fixture
 def small_sweeps(monkeypatch):
     import bench_step
+    import step_contenders
 
     monkeypatch.setattr(bench_step, "BATCHES", (64, 256))
     monkeypatch.setattr(bench_step, "WIDTHS", (64,))
-    monkeypatch.setattr(bench_step, "CEILINGS", dict.fromkeys(bench_step.CEILINGS, (64, 1)))
+    monkeypatch.setattr(step_contenders, "CEILINGS", dict.fromkeys(step_contenders.CEILINGS, (64, 1)))
 
 
 def test_steps_on_this_cpu(tmp_path, small_sweeps):
@@ -175,14 +181,109 @@ def test_steps_on_this_cpu(tmp_path, small_sweeps):
     assert {row["data"] for row in epoch} == {"synthetic bytes"} and {row["images"] for row in epoch} == {"1024"}
 
 
-def test_steps_on_a_gpu_are_measured_in_both_precisions(gpu, tmp_path, small_sweeps):
+def test_steps_on_a_gpu_are_measured_in_both_precisions(gpu, tmp_path, small_sweeps, monkeypatch):
+    """By the learners' own precision, and torch's; a graph has no phases. Plans of this run are not the user's."""
     import bench_step
+    import step_contenders
 
+    cache, torch_precisions, chosen = tmp_path / "cache", [], set()
+    select = products.select
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(step_contenders, "set_torch_precision", lambda device, to: torch_precisions.append(to))
+    monkeypatch.setattr(products, "select", lambda config, device: chosen.add(
+        (config.fused, config.gemm, config.precision)) or select(config, device))  # fmt: skip
+    monkeypatch.setattr(scratch, "select", products.select)
     assert bench_step.main(["--device", "cuda", *STEP_FAST, "--out", str(tmp_path)]) == 0
     for part in ("ceilings", "step", "phases", "sweep", "epoch"):
         rows = rows_of(tmp_path / f"{part}.csv")
         assert {row["precision"] for row in rows} == {"float32", "tf32"}, part
-    assert gpu.precisions == ["default", "tf32"] * 5
+        if part != "ceilings":
+            names = {"plain", "fused"} | ({"fused, CUDA graph"} if part != "phases" else set())
+            assert names <= {row["contender"] for row in rows} and (part != "phases" or len(rows) == 2 * 2 * 2 * 6)
+    assert torch_precisions == ["float32", "tf32"] * 5 and not cache.exists()
+    learners = ((False, "cupy"), (True, "cupy"), (True, "auto"))
+    assert chosen == {(*which, precision) for which in learners for precision in ("fp32", "tf32")}
+
+
+def test_a_graph_that_cannot_be_captured_costs_no_other_its_row(gpu, tmp_path, small_sweeps, monkeypatch, capsys):
+    import bench_step
+
+    monkeypatch.setattr(products, "select", lambda config, device: products.Products(
+        stand_in_gpu.ArrayGemm(device.xp), precision=config.precision, notice="there is no nvmath"))  # fmt: skip
+    arguments = ["--device", "cuda", "--models", "m0", "--parts", "step,epoch", *STEP_FAST, "--out", str(tmp_path)]
+    assert bench_step.main(arguments) == 1
+    for part in ("step", "epoch"):
+        names = {row["contender"] for row in rows_of(tmp_path / f"{part}.csv")}
+        assert {"plain", "fused"} <= names and "fused, CUDA graph" not in names
+    errors = capsys.readouterr().err
+    assert errors.count("fused, CUDA graph: InputError: there is no nvmath") == 4
+
+
+class Learner:
+    """Notes what it is asked for."""
+
+    device, config, steps_per_launch, batch_size = None, SimpleNamespace(lr=0.5), 4, 10
+
+    def __init__(self):
+        self.calls = []
+
+    def begin_epoch(self, index, epoch=None):
+        self.calls.append(("begin", len(index), epoch))
+
+    def train(self, start, stop, lr):
+        assert lr == 0.5
+        self.calls.append((start, stop))
+
+    def totals(self):
+        self.calls.append("totals")
+
+
+CPU = SimpleNamespace(kind="cpu")
+
+
+def test_a_step_is_timed_by_whole_launches():
+    import step_contenders
+
+    learner = Learner()
+    contender = step_contenders.stepping(learner, 109, CPU)
+    for k in range(4):
+        contender.run(k)
+    assert contender.repeats == 4 and not contender.shared
+    assert learner.calls == [("begin", 109, None), (0, 40), (40, 80), (0, 40), (40, 80)]
+    one = step_contenders.stepping(learner, 109, CPU, steps=1)
+    few = step_contenders.stepping(Learner(), 29, CPU)
+    assert one.repeats == 1 and few.repeats == 2  # no more than there are
+    contender.run(0)
+    assert learner.steps_per_launch == 4
+    one.run(9)
+    assert learner.steps_per_launch == 1 and learner.calls[-1] == (90, 100)
+    learner.device = SimpleNamespace(fused=True)
+    assert step_contenders.stepping(learner, 109, CPU).shared
+
+
+@pytest.mark.parametrize("images, steps", [(1234, 4), (25, 4), (1234, 1), (10 * 40 * 3, 4)])
+def test_an_epoch_in_parts_is_an_epoch(images, steps):
+    """It begins with the order and ends with the totals; but for its end it is made of whole launches."""
+    import bench_step
+
+    learner, index = Learner(), np.arange(images)
+    learner.steps_per_launch = steps
+    for part in range(bench_step.EPOCH_PARTS):
+        bench_step.part_of_epoch(learner, index, 7, part)()
+    (begin, *trained, totals) = learner.calls
+    assert begin == ("begin", images, 7) and totals == "totals" and len(trained) == bench_step.EPOCH_PARTS
+    assert trained[0][0] == 0 and trained[-1][1] == images
+    assert all(a[1] == b[0] and b[0] % (10 * steps) == 0 for a, b in zip(trained, trained[1:]))
+    whole = images // (10 * steps)
+    assert {(b - a) // (10 * steps) for a, b in trained} <= {whole // 10, whole // 10 + 1}
+
+
+def test_a_warm_up_has_every_shape_of_an_epoch():
+    import bench_step
+
+    learner = Learner()
+    bench_step.warm_up(learner, np.arange(1234))
+    assert learner.calls == [("begin", 54, 0), (0, 54), "totals"]  # a launch of 4 steps, a step, 4 images
 
 
 def test_the_work_of_a_step():

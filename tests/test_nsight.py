@@ -15,7 +15,7 @@ import pytest
 from mlp import InputError, ranges
 from mlp.scratch import ScratchLearner
 
-from . import cases
+from .test_compile import entry_points
 from .training import ROOT, tree
 
 sys.path.append(str(ROOT / "profile"))
@@ -170,11 +170,13 @@ def test_all_kernels_lifts_the_filter(fake, main):
 
 
 def test_the_filter_names_our_kernels_and_no_others():
-    ours = {case.kernel for case in cases.representative()}
-    assert len(ours) == 22
+    ours = set(entry_points())
+    assert {"gather", "shuffle", "advance", "to_bfloat16"} < ours
+    ours |= {"gemm_forward_tf32_64", "gemm_input_gradient_bf16_128", "gemm_weight_gradient_tf32_64"}
     pattern = re.compile(nsight.OURS.removeprefix("regex:"))
     assert [name for name in ours if not pattern.search(name)] == []
-    for stranger in ("ampere_sgemm_128x64_nn", "cupy_copy__float32_float32", "gather_kernel", "multi_tensor_adam"):
+    for stranger in ("ampere_sgemm_128x64_nn", "gemmSN_NN_kernel", "sm80_xmma_gemm_forward", "cupy_shuffle",
+                     "cupy_copy__float32_float32", "gather_kernel", "multi_tensor_adam"):  # fmt: skip
         assert not pattern.search(stranger)
 
 
@@ -354,10 +356,12 @@ def test_what_it_cannot_do_is_refused(fake, capsys, arguments):
 
 @pytest.fixture
 def events(monkeypatch):
-    """What a child does, in order: True and False for the profiler's start and stop, steps, validations, epochs."""
-    happened = []
+    """What a child does, in order: True and False for the profiler's start and stop, ranges attached, which launches
+    steps op by op, training, validations, epochs."""
+    happened, attach = [], ranges.attach
+    monkeypatch.setattr(ranges, "attach", lambda *args: happened.append("attach") or attach(*args))
     monkeypatch.setattr(nsight, "switch", lambda device, on: happened.append(on))
-    for name in ("train_step", "evaluate"):
+    for name in ("train", "train_step", "evaluate"):
         method = getattr(ScratchLearner, name)
         monkeypatch.setattr(
             ScratchLearner, name, lambda *args, name=name, method=method: happened.append(name) or method(*args)
@@ -381,13 +385,18 @@ def run_child(tool, contender="fused"):
 @pytest.mark.parametrize("contender", ["plain", "fused"])
 def test_the_child_records_one_step_after_the_warm_up(events, contender):
     assert run_child("ncu", contender) == 0
-    assert events == ["train_step"] * nsight.WARM_UP + [True, "train_step", False] and nsight.WARM_UP > 2
+    assert events == ["attach", *["train_step"] * nsight.WARM_UP, True, "train_step", False] and nsight.WARM_UP > 2
 
 
 def test_the_child_records_the_second_epoch(events):
     assert run_child("nsys") == 0
-    epoch = ["epoch", *["train_step"] * 6, "evaluate"]  # 70 % of 2000 images in batches of 256
-    assert events == [*epoch, True, *epoch, False]
+    epoch = ["epoch", *["train"] * 6, "evaluate"]  # 70 % of 2000 images in batches of 256
+    assert events == ["attach", *epoch, True, *epoch, False]
+
+
+def test_our_own_products_need_a_gpu(events, capsys):
+    assert run_child("ncu", "own") == 2 and events == []
+    assert "--precision tf32 needs a GPU" in capsys.readouterr().err
 
 
 def test_a_training_that_diverges_is_no_timeline(events, monkeypatch, capsys):

@@ -18,7 +18,8 @@ import report_style  # noqa: E402
 
 README = "".join(f"<!-- {name}: written by profile/report.py --><!-- end of {name} -->\n" for name in report.TABLES)
 PLOTS_OF = {"kernels.csv": {"kernels.png", "bandwidth.png"}, "step.csv": set(), "phases.csv": {"step.png"},
-            "epoch.csv": set(), "sweep.csv": {"scaling.png"}, "ceilings.csv": set()}  # fmt: skip
+            "epoch.csv": set(), "sweep.csv": {"scaling.png"}, "ceilings.csv": set(),
+            "ladder.csv": {"ladder.png"}, "costs.csv": set(), "launches.csv": set()}  # fmt: skip
 
 
 @pytest.fixture
@@ -64,8 +65,8 @@ def test_every_number_in_the_readme_is_in_a_results_file():
 
 
 def test_the_tables_have_every_row_and_no_number_of_their_own(project):
-    new(project, "step.csv", "kernels.csv", "epoch.csv", machine="a-gpu", gpu=True)
-    new(project, "step.csv")
+    new(project, "step.csv", "kernels.csv", "epoch.csv", "ladder.csv", "costs.csv", machine="a-gpu", gpu=True)
+    new(project, "step.csv", "ladder.csv")
     assert report.main([]) == 0
     text = report.README.read_text()
     assert unsupported(text, project) == [] and "not measured yet" not in text
@@ -80,6 +81,15 @@ def test_the_tables_have_every_row_and_no_number_of_their_own(project):
             assert f"| {row['op']} | {row['shape']} | {row['bytes']} | {time} |" in text
             assert f"| {row['speedup']} | {row['share_of_copy']} |" in text
     assert "](profile/results/a-gpu/kernels.png)" in text and "step.png" not in text
+    for row in results_files.ladder(gpu=True):
+        cells = [row.get(column) or "–" for column in ("predicted_us", "bound", "speedup", "gain")]
+        time = f"**{row['p50_us']}** ({row['p20_us']}–{row['p80_us']})"
+        launches = row.get("launches") or "–"
+        cells = [row["rung"], row["what"], row["precision"], launches, time, *cells]
+        assert f"| {' | '.join(map(str, cells))} |" in text
+    assert text.count("| fused ops | the change of fused ops | float32 | 23 |") == 2 and text.count("ladder.png)") == 2
+    assert "epilogues: all separate." in text and text.count("Predicted from, in the same run: launch 3.71 µs; ") == 1
+    assert "torch eager, fused optimizer, torch CUDA graph, fused optimizer: not a rung; its launches are not" in text
 
 
 @pytest.mark.parametrize(
@@ -222,6 +232,22 @@ def test_plots_show_every_contender(gpu, tmp_path, monkeypatch):
         assert {report_style.LOOK[contender][0] for contender in contenders} <= colours_of(folder / name)
 
 
+def test_a_ladder_is_drawn_without_some_predictions(tmp_path):
+    folder = results_files.write(tmp_path / "results", True, ("ladder.csv",))
+    change(folder / "ladder.csv", 3, predicted_us="", bound="", note="not predicted")
+    assert report.main([str(folder)]) == 0
+    rungs = {row["rung"] for row in results_files.ladder(gpu=True)}
+    colours = {report_style.LOOK[report_style.rung_look(rung)][0] for rung in rungs}
+    assert len(colours) == 5 and colours <= colours_of(folder / "ladder.png")
+
+
+@pytest.mark.parametrize("column", ["predicted_us", "gain", "launches"])
+def test_a_rung_that_lacks_a_figure_needs_a_reason(column, project, capsys):
+    folder = new(project, "ladder.csv")
+    change(folder / "ladder.csv", 1, **{column: ""})
+    assert f"has no {column}" in refused([folder], capsys)
+
+
 @pytest.mark.parametrize("file", results_files.FILES)
 def test_a_folder_may_have_some_of_the_files(file, project):
     folder = new(project, file)
@@ -234,7 +260,8 @@ def test_a_folder_may_have_some_of_the_files(file, project):
     "file, values",
     [("kernels.csv", {"contender": "cupy.fused"}), ("sweep.csv", {"contender": "somebody"}),
      ("sweep.csv", {"sweep": "depth", "width": "64"}),
-     ("phases.csv", {"phase": "lunch"}), ("ceilings.csv", {"unit": "TB/s"}), ("ceilings.csv", {"precision": "tf32"})],
+     ("ladder.csv", {"rung": "lift"}), ("phases.csv", {"phase": "lunch"}),
+     ("ceilings.csv", {"unit": "TB/s"}), ("ceilings.csv", {"precision": "tf32"})],
 )  # fmt: skip
 def test_what_cannot_be_drawn_is_refused(file, values, project, capsys):
     folder = new(project, file, *({"sweep.csv"} - {file}))
@@ -242,9 +269,9 @@ def test_what_cannot_be_drawn_is_refused(file, values, project, capsys):
     refused([folder], capsys)
 
 
-@pytest.mark.parametrize("column", ["share_of_copy", "speedup", "to_gemm"])
+@pytest.mark.parametrize("column", ["share_of_copy", "speedup", "to_gemm", "gain"])
 def test_compare_tells_eleven_percent_from_nine(column, project, capsys):
-    file = "step.csv" if column == "to_gemm" else "kernels.csv"
+    file = {"to_gemm": "step.csv", "gain": "ladder.csv"}.get(column, "kernels.csv")
     a, b = (new(project, file, machine=machine) for machine in "ab")
     change(a / file, 1, **{column: "1.000"})
     for value, status in (("1.090", 0), ("0.920", 0), ("1.110", 1), ("0.900", 1)):
