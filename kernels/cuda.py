@@ -3,8 +3,9 @@
 They come from the fatbin beside this file where CMake built one (MLP_CUDA=ON) from the sources that lie here now,
 for this GPU; otherwise NVRTC compiles them on first use, and CuPy keeps the result on disk under a hash of the text.
 
-Launches go to CuPy's current stream and never synchronise. They cannot be captured into a CUDA graph, which
-would keep the address of scratch memory that has gone back to CuPy's pool.
+Launches go to CuPy's current stream and never synchronise. A CUDA graph keeps the addresses of what they are given and
+of the scratch memory that they take from CuPy's pool: capture them after a first call on the same stream, under a pool
+of the graph's own that lives as long as it does, as mlp/step_graph.py does.
 """
 
 import functools
