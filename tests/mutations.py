@@ -1,7 +1,9 @@
 """Mutation check: each of the small faults in mutations.toml must make a test fail.
 
-    python -m tests.mutations             all of them, and that the tests pass without: writes tests/mutations.csv
-    python -m tests.mutations WORD ...    those whose file or name contains one of the words: prints only
+    python -m tests.mutations             all of them, and that the tests pass without
+    python -m tests.mutations WORD ...    those whose file or name contains one of the words
+
+tests/mutations.csv has the last verdict of each, as long as the sources of the kernels are the same.
 
 A fault is planted in a copy of the tree, the host library and the SIMT runner are built from it, and tests run until
 one fails: first those that most likely do, then all of TESTS, which are the normal suite's tests that execute
@@ -213,22 +215,32 @@ def judge_all(chosen: list[Mutation], unmutated: bool):
             raise
 
 
+def write(rows: list[tuple], digest: str) -> None:
+    """Put the rows into RESULTS, beside those of other mutations of the list that were found on the same sources."""
+    known = {}
+    if RESULTS.exists():
+        with open(RESULTS, newline="") as file:
+            if f"sources {digest};" in file.readline():
+                known = {tuple(row[:2]): row for row in list(csv.reader(file))[1:]}
+    known |= {row[:2]: row for row in rows}
+    with open(RESULTS, "w", newline="") as file:
+        file.write(f"# {date.today()}, sources {digest}; python {platform.python_version()}, numpy {np.__version__}\n")
+        listed = [known[m.file, m.name] for m in mutations() if (m.file, m.name) in known]
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *listed])
+
+
 def main(words: list[str]) -> int:
     begin, digest = time.perf_counter(), source.digest()[:12]
     chosen = [m for m in mutations() if not words or any(w in f"{m.file}:{m.name}" for w in words)]
     rows = []
-    for m, verdict, test, seconds in judge_all(chosen, unmutated=not words):
-        rows.append((m.file, m.name, verdict, test, seconds))
-        print(f"{verdict:>13}  {seconds:5.1f} s  {m.file}:{m.name}  {test}", flush=True)
+    try:
+        for m, verdict, test, seconds in judge_all(chosen, unmutated=not words):
+            rows.append((m.file, m.name, verdict, test, seconds))
+            print(f"{verdict:>13}  {seconds:5.1f} s  {m.file}:{m.name}  {test}", flush=True)
+    finally:
+        write(rows, digest)  # also of a run that was cut short
     counts = ", ".join(f"{sum(row[2] == v for row in rows)} {v}" for v in dict.fromkeys(row[2] for row in rows))
-    minutes = f"{(time.perf_counter() - begin) / 60:.1f} minutes"
-    print(f"{len(rows)} mutations: {counts}; {minutes}")
-    versions = f"python {platform.python_version()}, numpy {np.__version__}"
-    if not words:
-        with open(RESULTS, "w", newline="") as file:
-            file.write(f"# {date.today()}, {minutes}, sources {digest}; {versions}; ")
-            file.write("the tests pass without a mutation\n")
-            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+    print(f"{len(rows)} mutations: {counts}; {(time.perf_counter() - begin) / 60:.1f} minutes")
     return int(any(row[2] not in (CAUGHT, UNSEEN) for row in rows))
 
 

@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+import kernels
+from kernels import simt
+from kernels.gemm import Gemm
 from mlp import configs, products, run
 from mlp.data import stratified_split
-from mlp.forms import EPILOGUE, SEPARATE, Form, Plan
+from mlp.forms import EPILOGUE, OWN, SEPARATE, Form, Plan
 from mlp.loop import fit
+from mlp.model import MLP
 from mlp.scratch import ScratchLearner
 from mlp.tuning import cache_file
 
@@ -164,3 +168,23 @@ def test_a_run_tunes_itself_and_remembers(monkeypatch, tmp_path):
     calls = gpu.nvmath.calls.copy()
     again, same = run.make_learner(config(precision="tf32"), DATA, gpu.device, ROWS)
     assert same == entry and gpu.nvmath.calls["heuristic"] == calls["heuristic"]
+
+
+@pytest.mark.parametrize("activation, precision, bound", [("relu", "tf32", 3e-3), ("gelu", "bf16", 3e-2)])
+def test_our_own_products_compute_the_same_layers(activation, precision, bound):
+    """The whole network on the tensor-core kernels, thread by thread, against NumPy's products."""
+    sizes, rng = (36, 20, 33, 7), np.random.default_rng(0)
+    x, dlogits = rng.random((19, 36), np.float32), rng.standard_normal((19, 8)).astype(np.float32)
+    device = simt.Device(simt.Runner())
+    own = products.Products(None, Gemm(device, precision), precision)
+    results = []
+    for chosen, plan in ((None, None), (own, Plan((Form(OWN, OWN, OWN),) * 3))):
+        model = MLP(sizes, activation, rows=19, ops=kernels, products=chosen, plan=plan)
+        logits = model.forward(x).copy()
+        model.backward(x, np.ascontiguousarray(dlogits[:, :7]))
+        results.append([logits, *model.weight_grads, *model.bias_grads])
+    device.runner.close()
+    assert device.launched == {f"gemm_{form}_{precision}_64" for form in ("forward", "input_gradient", "weight_gradient")}
+    assert not np.array_equal(results[0][0], results[1][0])  # the factors were rounded
+    for exact, rounded in zip(*results, strict=True):
+        assert close(rounded, exact, bound)
