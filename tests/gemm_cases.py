@@ -146,11 +146,18 @@ def case(form, precision, *shape, multiprocessors=2, **variant) -> Case:
 
 
 def few() -> list[Case]:
-    """Every kernel once: tiles that end in every direction, odd pitches, more tiles than places for them in shared
-    memory, small tiles whose K blocks share, and sums of columns that cross tiles."""
-    pairs = list(itertools.product(FORMS, PRECISIONS))
-    small = [case(form, precision, 70, 47, 100, multiprocessors=4) for form, precision in pairs]
-    return small + [case(form, precision, 130, 33, 50, multiprocessors=ONE_BLOCK) for form, precision in pairs]
+    """Every kernel once, with all that its form can do: tiles that end in every direction, odd pitches, more tiles than
+    places for them in shared memory, small tiles whose K blocks share, and sums of columns that cross tiles."""
+    all_that_it_can = {
+        "forward": {"activation": "gelu", "z": True},
+        "input_gradient": {"activation": "silu", "bias": True},
+        "weight_gradient": {},
+    }
+    launches = ((70, 47, 100), 4), ((130, 33, 50), ONE_BLOCK)
+    return [
+        case(form, precision, *shape, multiprocessors=multiprocessors, **all_that_it_can[form])
+        for (shape, multiprocessors), form, precision in itertools.product(launches, FORMS, PRECISIONS)
+    ]
 
 
 def _more():

@@ -133,7 +133,7 @@ def test_what_the_layers_need_of_one_kernel_is_one_launch(rng):
 def test_right_and_clean_and_the_same_bits(flavour, every_case):
     listed = gemm_cases.few()
     if flavour[0] == "thread" and not every_case:
-        listed = listed[::3] + listed[1::4]  # takes three times as long; all forms, precisions and tiles are in it
+        listed = [listed[k] for k in (0, 3, 5, 7, 8, 10)]  # each form in both precisions, one with each size of tile
     backend = simt_backend(*flavour)
     bits = _bits(backend, listed)
     backend.device.runner.close()
