@@ -153,10 +153,11 @@ def builders(device: Device, config, precisions, stream) -> dict:
 
 
 def _bf16_product(device: Device, config) -> Contender:
-    n, rng = contenders.CEILINGS[device.kind][0], np.random.default_rng(0)
+    xp, n, rng = device.xp, contenders.CEILINGS[device.kind][0], np.random.default_rng(0)
     library = products.select(replace(config, precision="bf16", gemm="cublaslt"), device).library
-    a, b = (device.ops.to_bfloat16(device.xp.asarray(rng.random((n, n), np.float32))) for _ in range(2))
-    out = device.xp.empty((n, n), np.float32)
+    a, b, out = xp.empty((n, n), np.uint16), xp.empty((n, n), np.uint16), xp.empty((n, n), np.float32)
+    for factor in (a, b):
+        device.ops.to_bfloat16(xp.asarray(rng.random((n, n), np.float32)), out=factor)
     return Contender(lambda k: library.forward(a, b, out))
 
 
