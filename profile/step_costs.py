@@ -3,9 +3,10 @@
     on the host    launches * host time of a launch + bytes copied from the host / rate of such a copy
     on the device  bytes / bandwidth of a large copy + flops / rate of a large matrix product + launches * node
 
-A step that is called op by op takes the longer of the two, because the host runs ahead of a GPU. A graph of n steps
-takes the device's time, and the host's for one launch in n steps. node: what the GPU needs to go from one kernel to the
-next, however small they are; a CPU computes and calls in turns, so there it is the host time of a launch.
+A launch is an array operation on one element. A step that is called op by op takes the longer of the two, because the
+host runs ahead of a GPU. A graph of n steps takes the device's time, and the host's for one launch in n steps. node:
+what the GPU needs to go from one kernel to the next, however small they are; a CPU computes and calls in turns, so
+there it is the host time of a launch.
 
 Left out, on purpose: arrays that stay in a cache, kernels that run next to each other, products that are too small for
 the full rate, kernels that a library launches beside its product, NumPy's time for a batch in host memory.
