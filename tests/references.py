@@ -79,13 +79,14 @@ def logits_and_labels(rng, B, C):
 
 
 def confusion(logits, labels):
-    """Counts at [label, prediction]; a label out of range counts nowhere."""
+    """Counts at [label, prediction], the first largest logit that is not NaN; a label out of range counts nowhere."""
     C = logits.shape[1]
+    rank = np.where(logits == -np.inf, -1e300, logits.astype(np.float64))  # below every float32, above what NaN gets
+    prediction = np.where(np.isnan(rank), -np.inf, rank).argmax(axis=1)
     counts = np.zeros((C, C), np.int64)
-    for row, label in zip(logits, labels, strict=True):
-        numbers = [(value, -j) for j, value in enumerate(row.tolist()) if value == value]
+    for label, predicted in zip(labels.tolist(), prediction.tolist(), strict=True):
         if 0 <= label < C:
-            counts[label, -max(numbers, default=(0, 0))[1]] += 1
+            counts[label, predicted] += 1
     return counts
 
 

@@ -13,7 +13,7 @@
 // they walk, so that no element waits for another. Integers alone are computed with: all devices have the same order.
 //
 // 8 rounds, and at least 8 bits, however small N is: with the 2 or 3 bits that 4 or 5 elements need, the permutations
-// of a handful of elements are visibly not equally likely, even after 14 rounds; with 8 bits they are (test_shuffle.py).
+// of a handful of elements are visibly not equally likely, even after 14 rounds; with 8 bits they are.
 // If N is a power of two from 256 on, p is an even permutation: a round swaps pairs in even numbers.
 //
 // index, out: (N,) int32, N <= 2^31. Bytes per element: 8, of which 4 are read anywhere in the index. Launch: flat,
@@ -73,8 +73,8 @@ DEVICE void shuffle_grid(const int* index, int* out, index_t N, unsigned seed_lo
 
 #else
 
-// Elements [begin, end). Each step of the walks is taken by all elements that are not back yet, side by side, so that it
-// vectorises; without a branch on who is back, which nothing could predict.
+// Elements [begin, end). Each step of the walks is taken by all elements that are not back yet, side by side, so that
+// it vectorises; without a branch on who is back, which nothing could predict.
 DEVICE void shuffle_range(const Bijection& p, const int* index, int* out, index_t N, index_t begin,
                           index_t end) {
   constexpr int BLOCK = 512, LANES = 16;

@@ -96,7 +96,7 @@ EXPORT void softmax_xent(const float* logits, const int* labels, float* dlogits,
   over_rows(chunks, [&](index_t k, Rows rows) {
     if (confusion || N > C)
       for (index_t r = rows.begin; r < rows.end; ++r)
-        confusion_and_padding<0>(logits + r * N, dlogits + r * N, C, N, labels[r], confusion);
+        confusion_and_padding(logits + r * N, dlogits + r * N, C, N, labels[r], confusion);
     Sum sum{0.0, 0.0};
     for (index_t r = rows.begin; r < rows.end; ++r) {
       float* const dx = dlogits + r * N;
