@@ -73,33 +73,32 @@ DEVICE void shuffle_grid(const int* index, int* out, index_t N, unsigned seed_lo
 
 #else
 
-// Elements [begin, end). Each step of the walks is taken by all elements that are not back yet, side by side, so that
-// it vectorises; without a branch on who is back, which nothing could predict.
-DEVICE void shuffle_range(const Bijection& p, const int* index, int* out, index_t N, index_t begin,
-                          index_t end) {
-  constexpr int BLOCK = 512, LANES = 16;
-  unsigned x[BLOCK] = {}, place[BLOCK], value[BLOCK];  // who walks: where it is, whose it is; where all ended
-  for (index_t first = begin; first < end; first += BLOCK) {
-    const int count = (int)(end - first < BLOCK ? end - first : BLOCK);
-    for (int k = 0; k < count; ++k) {
-      x[k] = (unsigned)(first + k);
-      place[k] = (unsigned)k;
-    }
-    for (int left = count; left > 0;) {
-      for (int k = 0; k < left; k += LANES)  // whole vectors: what is beyond `left` is computed for nothing
-        INDEPENDENT for (int j = 0; j < LANES; ++j) x[k + j] = p(x[k + j]);
-      int walking = 0;
-      for (int k = 0; k < left; ++k) {
-        const unsigned here = x[k], whose = place[k];
-        value[whose] = here;
-        x[walking] = here;
-        place[walking] = whose;
-        walking += here >= N;
-      }
-      left = walking;
-    }
-    for (int k = 0; k < count; ++k) out[first + k] = index[value[k]];
+constexpr int SHUFFLE_BLOCK = 2048;  // fits the L1 cache three times, and few of its steps are of less than a vector
+
+// Up to SHUFFLE_BLOCK elements from `begin` on. Each step of the walks is taken by all elements that are not back yet,
+// side by side, so that it vectorises; without a branch on who is back, which nothing could predict.
+DEVICE void shuffle_block(const Bijection& p, const int* index, int* out, index_t N, index_t begin, int count) {
+  constexpr int LANES = 16;
+  unsigned x[SHUFFLE_BLOCK] = {}, place[SHUFFLE_BLOCK];  // of those that walk: where they are, and whose walk it is
+  unsigned value[SHUFFLE_BLOCK];                         // where each is, and in the end has ended
+  for (int k = 0; k < count; ++k) {
+    x[k] = (unsigned)(begin + k);
+    place[k] = (unsigned)k;
   }
+  for (int left = count; left > 0;) {
+    for (int k = 0; k < left; k += LANES)  // whole vectors: what is beyond `left` is computed for nothing
+      INDEPENDENT for (int j = 0; j < LANES; ++j) x[k + j] = p(x[k + j]);
+    int walking = 0;
+    for (int k = 0; k < left; ++k) {
+      const unsigned here = x[k], whose = place[k];
+      value[whose] = here;
+      x[walking] = here;
+      place[walking] = whose;
+      walking += here >= N;
+    }
+    left = walking;
+  }
+  for (int k = 0; k < count; ++k) out[begin + k] = index[value[k]];
 }
 
 #endif

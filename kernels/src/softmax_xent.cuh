@@ -54,11 +54,10 @@ DEVICE RowResult softmax_xent_row(Row row, const float* x, float* dx, int C, int
 // Ahead of softmax_xent_row, for the calls that want it: the row's count in `confusion`, unless that is null, and zeros
 // in its columns from C on. A pass of its own, which leaves the logits in the cache, because within that function it
 // would take registers from every call.
-template <int K>
 DEVICE void confusion_and_padding(const float* x, float* dx, int C, int N, int label, unsigned long long* confusion) {
   if (confusion && label >= 0 && label < C) {
-    const float largest = Group::max<K>(C, [&](int, int j) { return x[j]; });
-    const int first = Group::first<K>(C, [&](int, int j) { return x[j] == largest; });
+    const float largest = Group::max<0>(C, [&](int, int j) { return x[j]; });
+    const int first = Group::first<0>(C, [&](int, int j) { return x[j] == largest; });
     if (Group::lane() == 0) add_one(confusion + (index_t)label * C + (first < C ? first : 0));  // 0 if all are NaN
   }
   Group::for_each<0>(N - C, [&](int, int j) { dx[C + j] = 0.0f; });
@@ -93,9 +92,8 @@ DEVICE void softmax_xent_block(const float* logits, const int* labels, float* dl
                                double* totals, unsigned long long* confusion, float* partial, unsigned* counter,
                                index_t B, int C, int N, float scale) {
   if (confusion || N > C) {
-    constexpr int K = ITEMS > 8 ? 0 : ITEMS;  // unrolled, more than 8 columns of a lane would take more registers
     each_row(B, [&](index_t r) {
-      confusion_and_padding<K>(logits + r * N, dlogits + r * N, C, N, labels[r], confusion);
+      confusion_and_padding(logits + r * N, dlogits + r * N, C, N, labels[r], confusion);
     });
   }
   float losses = 0.0f;

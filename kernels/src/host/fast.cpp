@@ -96,7 +96,7 @@ EXPORT void softmax_xent(const float* logits, const int* labels, float* dlogits,
   over_rows(chunks, [&](index_t k, Rows rows) {
     if (confusion || N > C)
       for (index_t r = rows.begin; r < rows.end; ++r)
-        confusion_and_padding<0>(logits + r * N, dlogits + r * N, C, N, labels[r], confusion);
+        confusion_and_padding(logits + r * N, dlogits + r * N, C, N, labels[r], confusion);
     Sum sum{0.0, 0.0};
     for (index_t r = rows.begin; r < rows.end; ++r) {
       float* const dx = dlogits + r * N;
@@ -168,7 +168,10 @@ EXPORT void gather(const unsigned char* images, const int* labels, const int* nu
 
 EXPORT void shuffle(const int* index, int* out, index_t N, unsigned seed_low, unsigned seed_high, unsigned epoch) {
   const Bijection p = bijection(N, seed_low, seed_high, epoch);
-  over_elements(N, 8.0, [=](Range range) { shuffle_range(p, index, out, N, range.begin, range.end); });
+  Pool::instance().share(divide_up(N, SHUFFLE_BLOCK), N * 8.0, [&](index_t k) {
+    const index_t begin = k * SHUFFLE_BLOCK;
+    shuffle_block(p, index, out, N, begin, (int)std::min<index_t>(SHUFFLE_BLOCK, N - begin));
+  });
 }
 
 EXPORT void advance(index_t* offset, index_t by, float* step) { advance_step(offset, by, step); }
