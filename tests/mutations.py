@@ -173,8 +173,11 @@ class Tree:
         original = path.read_text()
         try:
             path.write_text(m.apply(original))
-            self.build(m.on)
-            self.test([m.tests], FORMS[m.on or "host"])  # what both compilers see fails sooner on the host
+            soonest = m.on or "host"  # where what both compilers see is built and fails sooner
+            self.build(soonest)
+            self.test([m.tests], FORMS[soonest])
+            if not m.on:
+                self.build("simt")
             self.test(everything, FORMS[m.on])
             return Verdict(SURVIVED)
         except Verdict as verdict:
