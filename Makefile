@@ -2,7 +2,7 @@
 #   make train     environment, dependencies, host library, then: python train.py --model m1 --fused
 #   make test      environment, dependencies, host library, then the whole test suite
 #   make sanitize  every kernel on every shape, on the CPU under ThreadSanitizer, AddressSanitizer and UBSan
-#   make mutate    plants small faults in the kernels, which tests must notice (half an hour)
+#   make mutate    plants small faults in the kernels, which tests must notice (three quarters of an hour)
 #   make bench     measures kernels, steps and epochs (9 minutes), draws the plots and writes README.md's tables
 #   make gpu-check every kernel on this GPU and under compute-sanitizer; installs nothing; OUT=folder of the report
 #   make gpu-report  the measurements on this GPU and under Nsight; installs nothing; OUT=folder of the results

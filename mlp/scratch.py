@@ -16,7 +16,7 @@ from .products import select
 from .sources import Epoch, Resident, Streamed
 from .step_graph import Graphs, Program, Recorded, Recorder, Replayer
 
-STEPS_PER_LAUNCH = 16  # of a captured step: see profile/bench_step.py --parts launches
+STEPS_PER_LAUNCH = 16  # of a captured step; profile/ladder.py times others (launches.csv)
 
 
 class ScratchLearner:
