@@ -18,7 +18,7 @@ _UNPREPARED = (
 )
 
 
-class Unsupported(Exception):
+class Unsupported(InputError):
     """cuBLASLt has no algorithm for a product, or no such epilogue; the message says which."""
 
 
@@ -117,7 +117,7 @@ class CublasLt:
             self._prepare(problem, pointers, stream)
         plan, workspace = self._plans[problem], self._workspaces[stream.ptr]
         if isinstance(plan, str):
-            raise Unsupported(plan)
+            raise Unsupported(f"{plan}; give --gemm cupy")
         self._library.run(plan, pointers, _address(workspace), workspace.size, stream.ptr)
 
     def _check(self, left, right, out, epilogue, vector, mask):

@@ -46,13 +46,15 @@ def select(config: Config, device: Device) -> Products:
     """The products for --precision and --gemm on this device. InputError where they cannot be had."""
     precision = config.precision
     if device.kind == "cpu":
-        if precision != "fp32" or config.gemm == "own":
-            flag = f"--precision {precision}" if precision != "fp32" else "--gemm own"
-            raise InputError(f"{flag} needs a GPU with tensor cores; leave it out on a CPU")
+        if precision != "fp32" or config.gemm != "auto":
+            flag = f"--precision {precision}" if precision != "fp32" else f"--gemm {config.gemm}"
+            raise InputError(f"{flag} needs a GPU; leave it out on a CPU")
         return Products.arrays(device.xp)
+    if config.gemm in ("cublaslt", "own") and not device.fused:
+        raise InputError(f"--gemm {config.gemm} goes with the fused kernels; give --fused with it")
     if config.gemm == "own":
-        return _own(precision, device)
-    if not config.fused or config.gemm == "cupy":
+        return _own(precision)
+    if not device.fused or config.gemm == "cupy":
         return Products(ArrayGemm(device.xp, precision), precision=precision)
     from .cublaslt import WORKSPACE_BYTES, CublasLt
 
@@ -67,11 +69,9 @@ def select(config: Config, device: Device) -> Products:
     return Products(library, precision=precision, epilogues=True)
 
 
-def _own(precision: str, device: Device) -> Products:
+def _own(precision: str) -> Products:
     if precision == "fp32":
         raise InputError("--gemm own multiplies on tensor cores; give --precision tf32 or bf16 with it")
-    if not device.fused:
-        raise InputError("--gemm own is one of the fused kernels; give --fused with it")
     from kernels import BackendError, cuda
     from kernels.gemm import Gemm
 

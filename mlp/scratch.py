@@ -130,6 +130,7 @@ class ScratchLearner:
             end = min(stop, window.end)
             if start - window.begin != self._at:
                 self._offset[...] = start - window.begin
+            self._at = None  # until what is done with the window has gone well
             yield window, start, end
             self._at = end - window.begin
             if end == window.end:

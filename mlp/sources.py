@@ -1,6 +1,6 @@
 """Where a learner's images come from: all of them on the device, or a part after the other from host memory."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -78,8 +78,8 @@ class _Slot(Window):
 
     owner: tuple = ()  # epoch, its serial number
     host: tuple = ()  # pinned images, labels and numbers
-    copied: object = None  # events: the copy to the device is done; all that reads the device's arrays is, or None
-    used: object = None  # while that is not known
+    copied: object = None  # event: the copy to the device is done
+    used: object = None  # event: all that reads the device's arrays is; None while that is not known
 
 
 class Streamed:
@@ -148,6 +148,6 @@ class Streamed:
 
     def _gather(self, chosen, images, labels, numbers) -> None:
         """Copy the images `chosen`, their labels and their numbers into host arrays."""
-        np.take(self._images, chosen, axis=0, out=images)
-        np.take(self._labels, chosen, out=labels)
+        np.take(self._images, chosen, axis=0, out=images, mode="clip")  # else NumPy gathers into a copy first
+        np.take(self._labels, chosen, out=labels, mode="clip")
         numbers[...] = chosen
