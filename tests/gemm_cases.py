@@ -146,11 +146,18 @@ def case(form, precision, *shape, multiprocessors=2, **variant) -> Case:
 
 
 def few() -> list[Case]:
-    """Every kernel once: tiles that end in every direction, odd pitches, more tiles than places for them in shared
-    memory, small tiles whose K blocks share, and sums of columns that cross tiles."""
-    pairs = list(itertools.product(FORMS, PRECISIONS))
-    small = [case(form, precision, 70, 47, 100, multiprocessors=4) for form, precision in pairs]
-    return small + [case(form, precision, 130, 33, 50, multiprocessors=ONE_BLOCK) for form, precision in pairs]
+    """Every kernel once, with all that its form can do: tiles that end in every direction, odd pitches, more tiles than
+    places for them in shared memory, small tiles whose K blocks share, and sums of columns that cross tiles."""
+    all_that_it_can = {
+        "forward": {"activation": "gelu", "z": True},
+        "input_gradient": {"activation": "silu", "bias": True},
+        "weight_gradient": {},
+    }
+    launches = ((70, 47, 100), 4), ((130, 33, 50), ONE_BLOCK)
+    return [
+        case(form, precision, *shape, multiprocessors=multiprocessors, **all_that_it_can[form])
+        for (shape, multiprocessors), form, precision in itertools.product(launches, FORMS, PRECISIONS)
+    ]
 
 
 def _more():
@@ -164,6 +171,9 @@ def _more():
         yield case(form, precision, 0, 5, 3)
     yield case("forward", "tf32", 9, 34, 7, offset=2, z=True, activation="silu")
     yield case("forward", "bf16", 9, 35, 7, z=True, bias=False)
+    yield case(
+        "input_gradient", "tf32", 70, 66, 5
+    )  # two rows and two columns of tiles, each of which adds its own sums
     yield case("input_gradient", "bf16", 65, 6, 6, sums=False, activation="relu")
     yield case("input_gradient", "bf16", 129, 12, 8, multiprocessors=ONE_BLOCK, activation="gelu", bias=True)
     for a in ACTIVATIONS:
