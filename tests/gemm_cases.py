@@ -171,6 +171,9 @@ def _more():
         yield case(form, precision, 0, 5, 3)
     yield case("forward", "tf32", 9, 34, 7, offset=2, z=True, activation="silu")
     yield case("forward", "bf16", 9, 35, 7, z=True, bias=False)
+    yield case(
+        "input_gradient", "tf32", 70, 66, 5
+    )  # two rows and two columns of tiles, each of which adds its own sums
     yield case("input_gradient", "bf16", 65, 6, 6, sums=False, activation="relu")
     yield case("input_gradient", "bf16", 129, 12, 8, multiprocessors=ONE_BLOCK, activation="gelu", bias=True)
     for a in ACTIVATIONS:
