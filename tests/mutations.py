@@ -2,8 +2,9 @@
 
     python -m tests.mutations             all of them, and that the tests pass without
     python -m tests.mutations WORD ...    those whose file or name contains one of the words
+    python -m tests.mutations --new       those that have no verdict yet
 
-tests/mutations.csv has the last verdict of each, as long as the sources of the kernels are the same.
+tests/mutations.csv has the last verdict of each fault as it is listed now, with the sources on which it was made.
 
 A fault is planted in a copy of the tree, the host library and the SIMT runner are built from it, and tests run until
 one fails: first those that most likely do, then all of TESTS, which are the normal suite's tests that execute
@@ -12,6 +13,7 @@ A survivor is a missing test.
 """
 
 import csv
+import hashlib
 import os
 import platform
 import queue
@@ -33,7 +35,7 @@ from kernels import simt, source
 
 ROOT = Path(__file__).parents[1]
 LIST, RESULTS = ROOT / "tests" / "mutations.toml", ROOT / "tests" / "mutations.csv"
-COLUMNS = ("file", "name", "verdict", "test", "seconds")
+COLUMNS = ("file", "name", "verdict", "test", "seconds", "sources", "fault")
 CAUGHT, SURVIVED, BROKEN, LATE = "caught", "survived", "did not build", "timed out"
 UNSEEN = "not observable on a CPU"
 SECONDS = 600  # that one run of tests may take
@@ -87,6 +89,11 @@ class Mutation:
     tests: str
     on: str
     unseen: str = ""  # why nothing on a CPU can notice
+
+    @property
+    def fault(self) -> str:
+        """A hash of what is replaced by what: another one is another fault."""
+        return hashlib.sha256(f"{self.find}\0{self.replace}".encode()).hexdigest()[:8]
 
     def apply(self, text: str) -> str:
         count = text.count(self.find)
@@ -225,33 +232,41 @@ def judge_all(chosen: list[Mutation], unmutated: bool):
             raise
 
 
-def write(rows: list[tuple], digest: str) -> None:
-    """Put the rows into RESULTS, beside those of other mutations of the list that were found on the same sources."""
-    known = {}
-    if RESULTS.exists():
-        with open(RESULTS, newline="") as file:
-            if f"sources {digest};" in file.readline():
-                known = {tuple(row[:2]): row for row in list(csv.reader(file))[1:]}
-    known |= {row[:2]: row for row in rows}
+def known() -> dict[tuple[str, str], list[str]]:
+    """The rows of RESULTS that are about faults of the list, by file and name."""
+    with open(RESULTS, newline="") as file:
+        file.readline()
+        rows = {(row[0], row[1]): row for row in list(csv.reader(file))[1:]}
+    return {(m.file, m.name): row for m in mutations() if (row := rows.get((m.file, m.name))) and row[-1] == m.fault}
+
+
+def write(rows: dict) -> None:
+    """Put the rows, by file and name, beside the others in RESULTS."""
+    rows = known() | rows
     with open(RESULTS, "w", newline="") as file:
-        file.write(f"# {date.today()}, sources {digest}; python {platform.python_version()}, numpy {np.__version__}\n")
-        listed = [known[m.file, m.name] for m in mutations() if (m.file, m.name) in known]
+        file.write(f"# {date.today()}; python {platform.python_version()}, numpy {np.__version__}\n")
+        listed = [rows[m.file, m.name] for m in mutations() if (m.file, m.name) in rows]
         csv.writer(file, lineterminator="\n").writerows([COLUMNS, *listed])
 
 
+def chosen(words: list[str]) -> list[Mutation]:
+    if words == ["--new"]:
+        return [m for m in mutations() if (m.file, m.name) not in known()]
+    return [m for m in mutations() if not words or any(w in f"{m.file}:{m.name}" for w in words)]
+
+
 def main(words: list[str]) -> int:
-    begin, digest = time.perf_counter(), source.digest()[:12]
-    chosen = [m for m in mutations() if not words or any(w in f"{m.file}:{m.name}" for w in words)]
-    rows = []
+    begin, digest, rows = time.perf_counter(), source.digest()[:12], {}
     try:
-        for m, verdict, test, seconds in judge_all(chosen, unmutated=not words):
-            rows.append((m.file, m.name, verdict, test, seconds))
+        for m, verdict, test, seconds in judge_all(chosen(words), unmutated=not words):
+            rows[m.file, m.name] = m.file, m.name, verdict, test, seconds, digest, m.fault
             print(f"{verdict:>13}  {seconds:5.1f} s  {m.file}:{m.name}  {test}", flush=True)
-    finally:
-        write(rows, digest)  # also of a run that was cut short
-    counts = ", ".join(f"{sum(row[2] == v for row in rows)} {v}" for v in dict.fromkeys(row[2] for row in rows))
+            write(rows)  # now, for a run that is cut short
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+    counts = ", ".join(f"{sum(r[2] == v for r in rows.values())} {v}" for v in dict.fromkeys(r[2] for r in rows.values()))
     print(f"{len(rows)} mutations: {counts}; {(time.perf_counter() - begin) / 60:.1f} minutes")
-    return int(any(row[2] not in (CAUGHT, UNSEEN) for row in rows))
+    return int(any(row[2] not in (CAUGHT, UNSEEN) for row in rows.values()))
 
 
 if __name__ == "__main__":

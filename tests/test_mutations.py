@@ -1,6 +1,7 @@
 """The mutation check: its list fits the sources, its last result is complete, and its verdicts mean what they say."""
 
 import csv
+import shutil
 
 import pytest
 
@@ -27,7 +28,7 @@ def test_a_mutation_that_does_not_apply_is_an_error():
 
 
 def test_the_last_result_is_of_this_list_and_all_are_caught():
-    """Where this fails: `make mutate`, and a test for each that survived."""
+    """Where this fails: `python -m tests.mutations --new`, and a test for each that survived."""
     with open(RESULTS, newline="") as file:
         assert file.readline().startswith("# 20")
         found = {(row["file"], row["name"]): row for row in csv.DictReader(file)}
@@ -35,7 +36,22 @@ def test_the_last_result_is_of_this_list_and_all_are_caught():
     for m in mutations.mutations():
         row = found[m.file, m.name]
         assert row["verdict"] == (UNSEEN if m.unseen else CAUGHT), m.name
+        assert row["fault"] == m.fault and len(row["sources"]) == 12, m.name
         assert bool(row["test"]) == (not m.unseen), m.name
+
+
+def test_a_verdict_is_kept_until_the_fault_is_another(monkeypatch, tmp_path):
+    monkeypatch.setattr(mutations, "RESULTS", tmp_path / "mutations.csv")
+    first, second = (Mutation("file", name, "a", "b", "", "", "") for name in ("first", "second"))
+    monkeypatch.setattr(mutations, "mutations", lambda: [first, second])
+    shutil.copy(RESULTS, mutations.RESULTS)
+    mutations.write({("file", "first"): ("file", "first", CAUGHT, "a test", 1.0, "0" * 12, first.fault)})
+    assert mutations.chosen(["--new"]) == [second] and mutations.chosen(["first"]) == [first]
+    mutations.write({("file", "second"): ("file", "second", CAUGHT, "a test", 1.0, "0" * 12, second.fault)})
+    assert mutations.chosen(["--new"]) == [] and list(mutations.known()) == [("file", "first"), ("file", "second")]
+    other = Mutation("file", "first", "a", "c", "", "", "")
+    monkeypatch.setattr(mutations, "mutations", lambda: [other, second])
+    assert mutations.chosen(["--new"]) == [other]
 
 
 def _relu(replace):
