@@ -191,7 +191,7 @@ class MLP:
         return self._inputs[layer]
 
     def mask(self, layer, rows):
-        """Where the forward epilogue of relu leaves its bit mask for the backward one, or None where nobody reads it."""
+        """Where the forward epilogue of relu leaves its bit mask for the backward one; None where nobody reads it."""
         if layer + 1 == len(self.weights) or self.plan.forms[layer + 1].input != EPILOGUE:
             return None
         shape = self.products.library.mask_shape(rows, len(self.biases[layer]))

@@ -7,6 +7,7 @@ nothing is timed unless it is asked for.
 import json
 import os
 from dataclasses import astuple
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def cache_file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused-mlp" / "tuning.json"
 
 
-def plan(config: Config, device: Device, products: Products, sizes, batch: int, tune: bool = False) -> tuple[Plan, dict]:
+def plan(config: Config, device: Device, products: Products, sizes, batch: int, tune=False) -> tuple[Plan, dict]:
     """The plan for these layers, and {} or the remembered entry that it comes from, with microseconds by product and
     form. It is timed now where `tune` is set, or where the products are not fp32 and nothing is remembered."""
     layers = len(sizes) - 1
@@ -97,7 +98,7 @@ def _times(config, device, products, sizes, batch, padded, timer) -> list[dict]:
             result[layer][kind] = {}
             for form in forms:
                 model.plan = Plan(_with(layers, layer, kind, form), padded)
-                seconds = timer(lambda: _body(model, kind, layer, inputs[layer], dz), model.recorder)
+                seconds = timer(partial(_body, model, kind, layer, inputs[layer], dz), model.recorder)
                 if seconds is not None:
                     result[layer][kind][form] = seconds
     return result

@@ -264,9 +264,10 @@ def main(words: list[str]) -> int:
             write(rows)  # now, for a run that is cut short
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-    counts = ", ".join(f"{sum(r[2] == v for r in rows.values())} {v}" for v in dict.fromkeys(r[2] for r in rows.values()))
+    verdicts = [row[2] for row in rows.values()]
+    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
     print(f"{len(rows)} mutations: {counts}; {(time.perf_counter() - begin) / 60:.1f} minutes")
-    return int(any(row[2] not in (CAUGHT, UNSEEN) for row in rows.values()))
+    return int(any(verdict not in (CAUGHT, UNSEEN) for verdict in verdicts))
 
 
 if __name__ == "__main__":

@@ -184,7 +184,8 @@ def test_our_own_products_compute_the_same_layers(activation, precision, bound):
         model.backward(x, np.ascontiguousarray(dlogits[:, :7]))
         results.append([logits, *model.weight_grads, *model.bias_grads])
     device.runner.close()
-    assert device.launched == {f"gemm_{form}_{precision}_64" for form in ("forward", "input_gradient", "weight_gradient")}
+    kinds = "forward", "input_gradient", "weight_gradient"
+    assert device.launched == {f"gemm_{kind}_{precision}_64" for kind in kinds}
     assert not np.array_equal(results[0][0], results[1][0])  # the factors were rounded
     for exact, rounded in zip(*results, strict=True):
         assert close(rounded, exact, bound)

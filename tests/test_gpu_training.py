@@ -103,8 +103,8 @@ def test_every_form_trains_alike(form, padded):
 
 def streaming_limit(ours):
     """The first amount of memory, going down, with which the data set is streamed."""
-    limit, images = ours.budget.needed, len(DATA.labels)
-    while not memory.fit(replace(ours.config, memory_limit=limit), ours.device, ours.sizes, images, ours.batch_size).window:
+    limit, rest = ours.budget.needed, (ours.device, ours.sizes, len(DATA.labels), ours.batch_size)
+    while not memory.fit(replace(ours.config, memory_limit=limit), *rest).window:
         limit = int(0.99 * limit)
     return limit
 

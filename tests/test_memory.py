@@ -61,8 +61,8 @@ def test_bytes_count_what_is_allocated():
         ours = ScratchLearner(config(memory_limit=limit, fused=True), images, cpu("fused", 512), 14_000)
         model, source = ours.model, ours.source
         slots = [(s.images, s.labels) for s in getattr(source, "_slots", [])] or [(source.images, source.labels)]
-        arrays = [model.parameters, model.gradients, ours._x, ours._y, ours._dlogits, ours._results, *model._z, *model._dy,
-                  *ours.optimizer.state, *(array for pair in slots for array in pair)]  # fmt: skip
+        arrays = [model.parameters, model.gradients, ours._x, ours._y, ours._dlogits, ours._results]
+        arrays += [*model._z, *model._dy, *ours.optimizer.state, *(array for pair in slots for array in pair)]
         used = sum(array.nbytes for array in arrays)
         assert used <= ours.budget.needed - memory.SLACK
         assert ours.budget.needed - memory.SLACK <= 1.5 * used
@@ -145,7 +145,7 @@ def test_a_window_is_copied_once_while_the_one_before_it_is_read(monkeypatch):
 
 @pytest.mark.parametrize("event", ["copied", "synchronize"])
 def test_a_missing_wait_is_noticed(monkeypatch, event):
-    """The simulated copies happen when someone waits for them, so that who does not wait reads what was there before."""
+    """The simulated copies happen when someone waits for them: who does not wait reads what was there before."""
     from . import simulated_gpu
 
     streamed(monkeypatch, 64, 128)
