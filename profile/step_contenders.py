@@ -70,7 +70,7 @@ def learner(name: str, config: Config, data: Dataset, device: Device):
     """What train.py would train with, or its twin in torch. InputError for a graph where steps cannot be captured."""
     images = len(data.labels)
     if name in ("plain", "fused"):
-        config = replace(config, fused=name == "fused", gemm="cupy")
+        config = replace(config, fused=name == "fused", gemm="cupy" if device.kind == "cuda" else "auto")
         return ScratchLearner(config, data, select(device.kind, config.fused), images)
     if name == GRAPH:
         ours, _ = run.make_learner(config, data, select(device.kind, True), images)
