@@ -85,6 +85,12 @@ class Gemm:
     def __init__(self, device, precision: str):
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        capability = device.compute_capability()
+        if capability < CAPABILITY:
+            raise BackendError(
+                f"products on tensor cores need compute capability {CAPABILITY / 10} or newer, and this GPU has "
+                f"{capability / 10}; use float32"
+            )
         self._device, self.precision = device, precision
 
     def forward(self, x, w, out, *, bias=None, activation="identity", z=None):
@@ -152,15 +158,9 @@ class Gemm:
     def _launch(self, form, M, N, K, arrays, activation=None, sums=False):
         """C (M, N) = A (M, K) B (K, N); sums: whether those of the columns are wanted. Every form's parameters are its
         arrays, scratch memory, sizes, and where it has one the activation."""
-        device = self._device
-        capability = device.compute_capability()
-        if capability < CAPABILITY:
-            raise BackendError(
-                f"products on tensor cores need compute capability {CAPABILITY / 10} or newer, and this GPU has "
-                f"{capability / 10}; use float32"
-            )
         if N == 0:
             return  # nothing to write
+        device = self._device
         shape = gemm_shape(M, N, K, device.multiprocessors())
         scratch = [np.uintp(0), device.counters(shape.column_tiles + shape.tiles * (shape.splits > 1))]
         if shape.splits > 1:

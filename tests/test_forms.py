@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import simt
+from kernels import cuda, simt
 from kernels.gemm import Gemm
 from mlp import configs, products, run
 from mlp.data import stratified_split
@@ -154,6 +154,14 @@ def test_products_that_cannot_be_had_on_a_gpu(monkeypatch, changes, word):
         monkeypatch.setattr(type(device), "fused", False)
     with pytest.raises(products.InputError, match=word):
         products.select(config(**changes), device)
+
+
+def test_our_products_on_a_gpu_without_the_instructions_are_refused(monkeypatch):
+    """When they are chosen, not in the middle of the first step."""
+    gpu = Gpu(monkeypatch)
+    monkeypatch.setattr(cuda, "compute_capability", lambda: 75)
+    with pytest.raises(products.InputError, match="^--gemm own is not possible: .* this GPU has 7.5"):
+        products.select(config(gemm="own", precision="tf32"), gpu.device)
 
 
 def test_a_run_tunes_itself_and_remembers(monkeypatch, tmp_path):
