@@ -245,8 +245,8 @@ def shuffle(index, *, seed=0, epoch=0, out=None):
     """The elements of index, int32 (N,), in a random order -> int32 (N,); N is at most 2^31.
 
     The order depends on `seed` (64 bits), `epoch` (32 bits) and N alone: it is the same on every device. `out`
-    must not share memory with index. A Feistel network with cycle walking permutes the positions (see src/shuffle.cuh; after
-    Mitchell et al., "Bandwidth-optimal random shuffling for GPUs", 2021).
+    must not share memory with index. A Feistel network with cycle walking permutes the positions (see
+    src/shuffle.cuh; after Mitchell et al., "Bandwidth-optimal random shuffling for GPUs", 2021).
     """
     backend = _backend("index", index)
     check("index", index, index, INT32, None)

@@ -204,7 +204,8 @@ def gather_batch(
     pixels = images[safe] if affine is None else _warp(xp, images[safe], affine)
     xp.multiply(pixels, xp.float32(1.0 / 255.0), out=out_x)
     if noise_sigma:
-        out_x += xp.float32(noise_sigma) * normals(xp, safe if numbers is None else numbers[safe], images.shape[1], seed)
+        counted = safe if numbers is None else numbers[safe]
+        out_x += xp.float32(noise_sigma) * normals(xp, counted, images.shape[1], seed)
     if mean:
         out_x -= mean
     if scale != 1.0:

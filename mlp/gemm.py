@@ -15,8 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from . import InputError
-
-PRECISIONS = ("fp32", "tf32", "bf16")  # of the factors; sums and results are float32 in all three
+from .configs import PRECISIONS
 
 
 def check_precision(precision: str) -> None:

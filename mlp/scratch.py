@@ -137,6 +137,12 @@ class ScratchLearner:
                 self.source.release(epoch, window)
             start = end
 
+    def _chunks(self, epoch, start, stop):
+        """The same in pieces that the buffers hold: (window, first row, number of rows)."""
+        for window, begin, end in self._windows(epoch, start, stop):
+            for row in range(begin, end, len(self._x)):
+                yield window, row, min(len(self._x), end - row)
+
     def _step(self, rows, window, repeats=1):
         with self.annotate("step"):
             self.replay(("step", rows, window.key), partial(self._whole_step, rows, window), repeats)
@@ -145,11 +151,9 @@ class ScratchLearner:
         """One step on more rows than the buffers hold: the gradients of the chunks add up to those of the whole."""
         scale = 1.0 / (stop - start)
         with self.annotate("step"):
-            for window, begin, end in self._windows(self._training, start, stop):
-                for row in range(begin, end, len(self._x)):
-                    rows, first = min(len(self._x), end - row), row == start
-                    key = ("chunk", rows, window.key, scale, first)
-                    self.replay(key, partial(self._chunk, rows, window, scale, first))
+            for window, row, rows in self._chunks(self._training, start, stop):
+                key = ("chunk", rows, window.key, scale, row == start)
+                self.replay(key, partial(self._chunk, rows, window, scale, row == start))
             self.replay(("update",), self._update_from_chunks)
 
     def programs(self) -> dict[str, Program]:
@@ -241,11 +245,9 @@ class ScratchLearner:
             self.replay.forget()
         self._results[2:] = 0
         with self.annotate("validation"):
-            for window, begin, end in self._windows(self._judging, 0, len(index)):
-                for row in range(begin, end, len(self._x)):
-                    rows = min(len(self._x), end - row)
-                    key = ("evaluate", rows, window.key, noise_sigma)
-                    self.replay(key, partial(self._judge, rows, window, noise_sigma))
+            for window, _, rows in self._chunks(self._judging, 0, len(index)):
+                key = ("evaluate", rows, window.key, noise_sigma)
+                self.replay(key, partial(self._judge, rows, window, noise_sigma))
         results = self._results_on_host()
         confusion = results[4:].view(np.int64).reshape(self.classes, self.classes)
         return Evaluation(float(results[2]) / len(index), confusion)

@@ -45,7 +45,7 @@ class Resident:
     """The whole data set on the device; one window, which holds every row."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, device: Device):
-        self._xp, self._device = device.xp, device
+        self._xp = device.xp
         self.images, self.labels = device.xp.asarray(images), device.xp.asarray(labels)
 
     def begin(self, epoch: Epoch, index, shuffle=None) -> bool:

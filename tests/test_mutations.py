@@ -28,7 +28,7 @@ def test_a_mutation_that_does_not_apply_is_an_error():
 
 
 def test_all_that_were_tried_are_caught():
-    """Where this fails, a test for each that survived is missing. `python -m tests.mutations --new` tries the others."""
+    """Where this fails, a test for each that survived is missing. `python -m tests.mutations --new` tries the rest."""
     with open(RESULTS, newline="") as file:
         assert file.readline().startswith("# 20")
         found = {(row["file"], row["name"]): row for row in csv.DictReader(file)}
