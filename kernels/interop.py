@@ -33,6 +33,23 @@ def _from_torch(name, tensor):
     return cupy.from_dlpack(tensor)
 
 
+class _Protocol:
+    """A torch stream by the CUDA stream protocol, which not every version of torch speaks."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __cuda_stream__(self):
+        return 0, self.stream.cuda_stream
+
+
+def _cupy_stream(cupy, stream):
+    """torch's stream as one of CuPy's."""
+    if hasattr(cupy.cuda.Stream, "from_external"):  # since CuPy 14
+        return cupy.cuda.Stream.from_external(_Protocol(stream))
+    return cupy.cuda.ExternalStream(stream.cuda_stream)
+
+
 def accepts_torch(op):
     """Let `op` take and return torch tensors, on torch's current device and stream."""
     names = tuple(inspect.signature(op).parameters)
@@ -71,8 +88,7 @@ def accepts_torch(op):
             return call()
         import cupy
 
-        stream = torch.cuda.current_stream(first.device)
-        with cupy.cuda.Device(first.device.index), cupy.cuda.ExternalStream(stream.cuda_stream):
+        with cupy.cuda.Device(first.device.index), _cupy_stream(cupy, torch.cuda.current_stream(first.device)):
             return call()
 
     return wrapped

@@ -119,9 +119,8 @@ def softmax_cross_entropy(logits, labels, scale=None, out=None, totals=None, con
     xp.exp(shifted, out=dlogits)
     total = dlogits.sum(axis=1, keepdims=True)
     losses = xp.where(valid, xp.log(total[:, 0]) - shifted[rows, safe], math.nan)
-    dlogits *= scale / total
+    dlogits *= xp.where(valid, scale / total[:, 0], math.nan)[:, None]
     dlogits[rows, safe] -= scale
-    dlogits[~valid] = math.nan
     padding[...] = 0
     if totals is not None:
         totals[0] += losses.sum(dtype=np.float64)
@@ -202,7 +201,12 @@ def gather_batch(
     valid = (index >= 0) & (index < len(images))
     safe = xp.where(valid, index, 0)
     pixels = images[safe] if affine is None else _warp(xp, images[safe], affine)
-    xp.multiply(pixels, xp.float32(1.0 / 255.0), out=out_x)
+    unit, nan = xp.float32(1.0 / 255.0), xp.float32(math.nan)
+    if xp is np:
+        xp.multiply(pixels, unit, out=out_x)
+        out_x[~valid] = nan
+    else:  # where such a mask makes the host wait for the GPU
+        xp.multiply(pixels, xp.where(valid, unit, nan)[:, None], out=out_x)
     if noise_sigma:
         counted = safe if numbers is None else numbers[safe]
         out_x += xp.float32(noise_sigma) * normals(xp, counted, images.shape[1], seed)
@@ -210,7 +214,6 @@ def gather_batch(
         out_x -= mean
     if scale != 1.0:
         out_x *= scale
-    out_x[~valid] = math.nan
     out_y[...] = xp.where(valid, labels[safe], -1)
     return out_x, out_y
 

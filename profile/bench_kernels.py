@@ -47,14 +47,23 @@ def copies(xp, torch, size: int, sets: int) -> dict:
     source, target = (xp.ones((sets, n), np.float32) for _ in range(2))
     pairs = list(zip(target, source))
     if xp is not np:
-        return {"cudaMemcpyAsync": [lambda to=to, of=of: to.data.copy_from_device_async(of.data, of.nbytes)
-                                    for to, of in pairs]}  # fmt: skip
+        table = {"cudaMemcpyAsync": [lambda to=to, of=of: to.data.copy_from_device_async(of.data, of.nbytes)
+                                     for to, of in pairs]}  # fmt: skip
+        if n % 4 == 0:
+            table["16 bytes per thread"] = [partial(copy_by_kernel, xp, to, of) for to, of in pairs]
+        return table
     table = {"np.copyto": [lambda to=to, of=of: np.copyto(to, of) for to, of in pairs]}
     if torch:
         table["torch copy_"] = [
             lambda to=to, of=of: to.copy_(of) for to, of in map(partial(map, torch.from_numpy), pairs)
         ]
     return table
+
+
+def copy_by_kernel(xp, to, of) -> None:
+    """Up to 256 MB faster than cudaMemcpyAsync is in a graph."""
+    kernel = xp.ElementwiseKernel("complex128 x", "complex128 y", "y = x", "copy_by_kernel")
+    kernel(of.view(np.complex128), to.view(np.complex128))
 
 
 def methods(op, kind: str) -> dict:
@@ -70,6 +79,8 @@ def methods(op, kind: str) -> dict:
 
 def check(op, method, argument, arrays, pristine, reference) -> None:
     """Raise unless the contender computes the reference from the pristine arrays."""
+    if op.xp is not np:  # the graph of the contender before, on its own stream, may still work on them
+        op.xp.cuda.Device().synchronize()
     for name, array in pristine.items():
         arrays[name][...] = array
     for name in op.outputs:
@@ -127,13 +138,14 @@ def rows(op, size, samples, failed, facts):
     moved = count * op.bytes_per_row
     common = {"op": op.name, "size": size, "shape": op.shape(count), "dtype": op.dtype, "bytes": moved}
     copy_names = [name for name in samples if name not in kernel_ops.METHODS]
-    ceiling = min(copy_names, key=lambda name: measure.quiet(samples[name]))
-    for name in [name for name in samples if name in kernel_ops.METHODS] + [ceiling]:
+    copy_names.sort(key=lambda name: measure.quiet(samples[name]))
+    ceiling = copy_names[0] if copy_names else None  # none where the copy itself failed
+    for name in [name for name in samples if name in kernel_ops.METHODS] + copy_names[:1]:
         times, plain = samples[name], samples.get("plain")
         yield common | measure.percentiles(times, "us") | {
             "contender": "copy" if name == ceiling else name,
             "gb_per_s": measure.significant(moved / np.median(times) / 1e9),
-            "share_of_copy": measure.ratio(samples[ceiling], times),
+            "share_of_copy": measure.ratio(samples[ceiling], times) if ceiling else "",
             "speedup": "" if plain is None else measure.ratio(plain, times),
             "note": name if name == ceiling else "",
         } | facts  # fmt: skip

@@ -9,6 +9,7 @@ all samples. Ratios are those of 20th percentiles: whatever else the machine doe
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,7 +172,7 @@ def cupy_graph(launches, stream):
     """Capture the calls into a CUDA graph and return run(k), which launches it on `stream`.
 
     Each is called once before, so that everything is compiled and allocated. What they allocate lies in a pool of
-    its own, which lives as long as the graph that keeps its addresses.
+    its own, which lives as long as the graph that keeps its addresses; so does what the calls work on.
     """
     import cupy
 
@@ -181,12 +182,17 @@ def cupy_graph(launches, stream):
         for launch in launches:
             launch()
         stream.begin_capture()
-        for launch in launches:
-            launch()
+        try:
+            for launch in launches:
+                launch()
+        except Exception:
+            with suppress(cupy.cuda.runtime.CUDARuntimeError):
+                stream.end_capture()  # or the next contender could not use the stream
+            raise
         graph = stream.end_capture()
     graph.upload(stream)
 
-    def run(_, pool=pool):  # holds the pool
+    def run(_, kept=(pool, launches)):  # whose memory the graph reads and writes
         graph.launch(stream)
 
     return run
@@ -207,7 +213,7 @@ def torch_graph(launches, stream):
         for launch in launches:
             launch()
 
-    def run(_):
+    def run(_, kept=launches):
         with torch.cuda.stream(own):
             graph.replay()
 

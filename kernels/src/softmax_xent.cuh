@@ -11,7 +11,7 @@
 // classes lives in registers (47 classes: 2 per lane); longer rows keep exp(x - max) in dlogits.
 // With `confusion`, (C, C) counts, a row adds 1 at [label, prediction], the first largest logit: whole numbers, so
 // the order of the atomic additions changes nothing.
-// Row losses are added in a fixed order: lane, warp, block, and at the end by the last block.
+// Row losses are added in a fixed order: warp, block, and at the end all blocks by the last one.
 #pragma once
 #include "common.cuh"
 
@@ -67,16 +67,31 @@ DEVICE void confusion_and_padding(const float* x, float* dx, int C, int N, int l
 
 constexpr int XENT_THREADS = 256;
 
-// Adds up to XENT_THREADS values in a fixed tree; the result is thread 0's.
-template <class T> DEVICE T block_sum(T x) {
-  __shared__ T sums[XENT_THREADS];
-  sums[threadIdx.x] = x;
-  __syncthreads();
-  for (unsigned half = XENT_THREADS / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-    __syncthreads();
+// Sum of the row losses and number of correct rows.
+struct Tally {
+  double loss, correct;
+  DEVICE void add(const Tally& other) {
+    loss += other.loss;
+    correct += other.correct;
   }
-  return threadIdx.x == 0 ? sums[0] : T();
+};
+
+// The sum of all lanes, by a butterfly: every lane gets it.
+DEVICE Tally sum_of_lanes(Tally x) {
+  UNROLL for (int d = 16; d > 0; d >>= 1) {
+    x.add({__shfl_xor_sync(0xffffffffu, x.loss, d), __shfl_xor_sync(0xffffffffu, x.correct, d)});
+  }
+  return x;
+}
+
+// The sum of x of lane 0 of all warps, for every thread. Between two calls must be a barrier.
+DEVICE Tally sum_of_warps(const Tally& x) {
+  __shared__ Tally tallies[XENT_THREADS / 32];
+  if (Group::lane() == 0) tallies[threadIdx.x / 32] = x;
+  __syncthreads();
+  Tally sum = tallies[0];
+  UNROLL for (int w = 1; w < XENT_THREADS / 32; ++w) sum.add(tallies[w]);
+  return sum;
 }
 
 // f(r) for every row of this warp.
@@ -109,26 +124,22 @@ DEVICE void softmax_xent_block(const float* logits, const int* labels, float* dl
     losses += result.loss;
     correct += result.correct;
   });
-  const bool counts = Group::lane() == 0;
-  const float block_loss = block_sum(counts ? losses : 0.0f);
-  const int block_correct = block_sum(counts ? correct : 0);
+  const Tally block = sum_of_warps({losses, (double)correct});
   if (threadIdx.x == 0) {
-    partial[2 * blockIdx.x] = block_loss;
-    partial[2 * blockIdx.x + 1] = (float)block_correct;
+    partial[2 * blockIdx.x] = (float)block.loss;
+    partial[2 * blockIdx.x + 1] = (float)block.correct;
   }
   if (!is_last_block(counter, gridDim.x)) return;
-  double sum = 0.0, hits = 0.0;
+  Tally sum = {0.0, 0.0};
   for (unsigned b = threadIdx.x; b < gridDim.x; b += XENT_THREADS) {
-    sum += __ldcg(partial + 2 * b);
-    hits += __ldcg(partial + 2 * b + 1);
+    sum.add({__ldcg(partial + 2 * b), __ldcg(partial + 2 * b + 1)});
   }
-  sum = block_sum(sum);
-  hits = block_sum(hits);
+  sum = sum_of_warps(sum_of_lanes(sum));
   if (threadIdx.x == 0) {
-    *loss = (float)(sum * scale);
+    *loss = (float)(sum.loss * scale);
     if (totals) {
-      totals[0] += sum;
-      totals[1] += hits;
+      totals[0] += sum.loss;
+      totals[1] += sum.correct;
     }
   }
 }
