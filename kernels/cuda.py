@@ -105,9 +105,22 @@ def _module():
 
 
 @functools.cache
-def function(name: str):
-    """The kernel `name`, to be called with grid, block and arguments."""
+def _kernel(name: str):
     return _module().get_function(name)
+
+
+@functools.cache
+def _kernel_with_shared(name: str, shared_bytes: int, device: int):
+    kernel = _kernel(name)
+    kernel.max_dynamic_shared_size_bytes = shared_bytes  # on the current device, `device`
+    return functools.partial(kernel, shared_mem=shared_bytes)
+
+
+def function(name: str, shared_bytes: int = 0):
+    """The kernel `name`, to be called with grid, block and arguments; its blocks get so much dynamic shared memory."""
+    if not shared_bytes:
+        return _kernel(name)
+    return _kernel_with_shared(name, shared_bytes, _cupy().cuda.runtime.getDevice())
 
 
 @functools.cache

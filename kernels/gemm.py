@@ -17,6 +17,8 @@ from .launches import THREADS, _divide_up, _pointer
 PRECISIONS = ("tf32", "bf16")
 COLUMNS, SMALL, LARGE = 64, 64, 128  # of a tile; its rows: the same numbers as in src/gemm.cuh and src/module.cu
 DEPTH = 32  # what blocks that share a tile divide K by
+SHARED_BYTES = 96 * 1024  # of a block; the same number as in src/gemm_product.cuh
+MEETING = 8  # what it costs that blocks meet, in tiles of DEPTH of K
 CAPABILITY = 80  # the first with these instructions
 
 
@@ -38,10 +40,11 @@ class Shape(NamedTuple):
 def gemm_shape(M: int, N: int, K: int, multiprocessors: int) -> Shape:
     """How C (M, N) = A (M, K) B (K, N) is divided.
 
-    Large tiles, which need fewer bytes for an operation, where there are two for each multiprocessor: it holds as many
-    at once. Else small ones; and where there are fewer than multiprocessors, s blocks for each, as long as none has to
-    wait for a place. Each block reads 128 * K / s numbers and the last one then s partial tiles of 64 * 64: in units of
-    DEPTH * 128 numbers together K / DEPTH / s + s, which is to be least.
+    Large tiles, which need fewer bytes for an operation, where there are two for each multiprocessor. Else small ones;
+    and where there are fewer than multiprocessors, s blocks for each, as long as none has to wait for a place. Each
+    block reads 128 * K / s numbers, and where s > 1 the last one waits for the others' parts, which takes as long as
+    MEETING tiles, and reads them, s tiles of 64 * 64: in units of DEPTH * 128 numbers together K / DEPTH / s, or
+    K / DEPTH / s + MEETING + s, which is to be least.
     """
     column_tiles = max(1, _divide_up(N, COLUMNS))
     large, small = (max(1, _divide_up(M, rows)) for rows in (LARGE, SMALL))
@@ -49,7 +52,7 @@ def gemm_shape(M: int, N: int, K: int, multiprocessors: int) -> Shape:
     if large * column_tiles >= 2 * multiprocessors:
         return Shape(LARGE, large, column_tiles, 1, steps * DEPTH)
     most = max(1, min(multiprocessors // (small * column_tiles), steps))
-    splits = min(range(1, most + 1), key=lambda s: _divide_up(steps, s) + s)
+    splits = min(range(1, most + 1), key=lambda s: _divide_up(steps, s) + (MEETING + s if s > 1 else 0))
     depth = _divide_up(steps, splits)
     return Shape(SMALL, small, column_tiles, _divide_up(steps, depth), depth * DEPTH)
 
@@ -169,5 +172,5 @@ class Gemm:
             scratch.insert(0, device.empty((shape.row_tiles, N)) if sums and shape.row_tiles > 1 else np.uintp(0))
         sizes = np.int64(M), np.int64(N), np.int64(K), np.int64(shape.depth)
         chosen = () if activation is None else (np.int32(ACTIVATIONS.index(activation)),)
-        function = device.function(f"gemm_{form}_{self.precision}_{shape.rows}")
+        function = device.function(f"gemm_{form}_{self.precision}_{shape.rows}", SHARED_BYTES)
         function((shape.tiles, shape.splits), (THREADS,), (*arrays, *scratch, *sizes, *chosen))

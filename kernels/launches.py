@@ -56,7 +56,7 @@ def _halves(seed: int) -> tuple:
 
 
 class Launches:
-    """The ops on a device: `function(name)` is called with grid, block and arguments, `multiprocessors()` is their
+    """The ops on a device: what `function(name, shared_bytes=0)` gives is called with grid, block and arguments, `multiprocessors()` is their
     number, `room()` the blocks of THREADS threads that one holds, `empty(shape, dtype)` an uninitialised array,
     `counters(count)` zeros that the kernels leave zero, and `is_array(value)` tells its arrays from numbers."""
 

@@ -231,7 +231,7 @@ class Device:
         self.launched = set()
         self.ops = Launches(self)
 
-    def function(self, name: str):
+    def function(self, name: str, shared_bytes: int = 0):
         def call(grid, block, args):
             self.launched.add(name)
             self.runner.launch(name, grid, block, args, seed=self.seed, pattern=self.pattern)

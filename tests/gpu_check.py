@@ -49,7 +49,7 @@ def backend_of(device: str, exact: bool = False) -> Backend:
 def recorded_launches(device):
     """The names of the kernels that are launched on it from here on."""
     launched, function = set(), device.function
-    with mock.patch.object(device, "function", lambda name: launched.add(name) or function(name)):
+    with mock.patch.object(device, "function", lambda name, *more: launched.add(name) or function(name, *more)):
         yield launched
 
 

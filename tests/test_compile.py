@@ -97,7 +97,7 @@ class _Recorder:
     def __init__(self):
         self.launches = []
 
-    def function(self, name):
+    def function(self, name, shared_bytes=0):
         return lambda grid, block, args: self.launches.append((name, grid, block, args))
 
     def multiprocessors(self):

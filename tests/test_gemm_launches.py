@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kernels import ACTIVATIONS, BackendError, simt, source
-from kernels.gemm import COLUMNS, DEPTH, LARGE, PRECISIONS, SMALL, Gemm, gemm_shape
+from kernels.gemm import COLUMNS, DEPTH, LARGE, MEETING, PRECISIONS, SHARED_BYTES, SMALL, Gemm, gemm_shape
 from kernels.launches import THREADS
 
 from . import resources
@@ -35,24 +35,28 @@ def test_launch_shapes(M, N, K, multiprocessors):
     assert (s.rows == LARGE) == (max(1, -(-M // LARGE)) * s.column_tiles >= 2 * multiprocessors)
     assert s.splits == 1 or s.rows == SMALL and s.tiles * s.splits <= multiprocessors, "a block that has to wait"
     if s.rows == SMALL:
-        work = s.depth // DEPTH + s.splits
+        def time(depth, splits):
+            return depth + (splits > 1) * (MEETING + splits)
+
         fits = range(1, max(1, multiprocessors // s.tiles) + 1)
         steps = max(1, -(-K // DEPTH))
-        assert all(work <= -(-steps // n) + n for n in fits), "more or fewer blocks would have less to read"
+        best = min(time(-(-steps // n), n) for n in fits)
+        assert time(s.depth // DEPTH, s.splits) <= best, "more or fewer blocks would be faster"
 
 
 @pytest.mark.parametrize("multiprocessors", [20, 132])
 def test_the_layers_at_batch_512_fill_the_gpu(multiprocessors):
-    """Blocks for at least two thirds of the multiprocessors, or none with more than 4 * DEPTH of K."""
+    """Blocks for at least two thirds of the multiprocessors, or none with more than 2 * MEETING * DEPTH of K."""
     for K, N in LAYERS:
         for shape in ((512, N, K), (512, K, N), (K, N, 512)):
             s = gemm_shape(*shape, multiprocessors)
-            assert 3 * s.tiles * s.splits >= 2 * multiprocessors or s.depth <= 4 * DEPTH, shape
+            assert 3 * s.tiles * s.splits >= 2 * multiprocessors or s.depth <= 2 * MEETING * DEPTH, shape
 
 
 def test_the_numbers_shared_with_the_sources_agree():
     text = source.inlined("module.cu")
     assert f"GEMM_THREADS = {THREADS};" in text and f"GEMM_COLUMNS = {COLUMNS};" in text
+    assert f"SHARED_FLOATS = {SHARED_BYTES // 4096} * 1024;" in text
     assert {int(n) for n in re.findall(r"^GEMM\(\w+, \w+, (\d+)\)", text, re.MULTILINE)} == {SMALL, LARGE}
     cases_of = re.findall(r"case (\d): return f\((\w+)\{\}\)|default: return f\((\w+)\{\}\)", text)
     names = [(a or b).lower() for _, a, b in cases_of]

@@ -34,7 +34,7 @@ template <class F> DEVICE void with_activation(int activation, F f) {
 template <class Precision, bool A_K_RUNS, bool B_K_RUNS, int ROWS>
 struct Result : Product<Precision, A_K_RUNS, B_K_RUNS, ROWS> {
   typedef Product<Precision, A_K_RUNS, B_K_RUNS, ROWS> P;
-  using P::P, P::row, P::column, P::column_in_tile, P::M, P::N, P::y, P::shared, P::PAIRS, P::BLOCKS;
+  using P::P, P::row, P::column, P::column_in_tile, P::M, P::N, P::y, P::PAIRS, P::BLOCKS;
   using P::column_tiles, P::tile_row, P::tile_column, P::warp_row, P::group;
 
   // A pair of an array like C; where that ends, zeros. `paired`: 8 bytes at once.
@@ -79,7 +79,8 @@ struct Result : Product<Precision, A_K_RUNS, B_K_RUNS, ROWS> {
   // out[j] = sum over the rows of C. Rows cross tiles, so each leaves its sums (row tiles, N), and the last tile of a
   // column of tiles adds them. counters: a zero for each column of tiles.
   DEVICE void add_columns(float* out, float* sums, unsigned* counters) const {
-    float(*const part)[GEMM_COLUMNS] = reinterpret_cast<float(*)[GEMM_COLUMNS]>(shared());  // four of 16 BLOCKS rows
+    typedef float Columns[GEMM_COLUMNS];
+    Columns* const part = reinterpret_cast<Columns*>(dynamic_shared());  // four, of 16 BLOCKS rows each
     const unsigned row_tiles = gridDim.x / column_tiles;
     __syncthreads();  // nobody reads tiles or what groups gave any more
     UNROLL for (int n = 0; n < 4; ++n) {

@@ -11,20 +11,26 @@
 // tiles are large only where those fill the GPU, and where not even the small ones do, several blocks share a tile's K.
 // Each leaves its sums in memory, and the last to arrive adds them, always in the same order.
 //
-// Shared memory holds as many tiles of A and B as fit 48 KiB, two or three: one at work, the others on their way by
-// cp.async, and a barrier per tile. The factors stay float32 up to the registers, where they are rounded: an array in
-// another precision would have to be written and read once more.
+// Shared memory holds as many tiles of A and B as fit 96 KiB, five or six: one at work, the others on their way by
+// cp.async, and a barrier per tile. A multiprocessor gets 64 bytes per clock from the L2 cache about 1000 clocks after it
+// has asked for them, so with 64 KiB on their way it never waits. The factors stay float32 up to the registers, where
+// they are rounded: an array in another precision would have to be written and read once more.
 #pragma once
 #include "gemm_operand.cuh"
 
 #if TENSOR_CORES
 
 constexpr int GEMM_COLUMNS = 64;  // the same number as in kernels/gemm.py
-constexpr int SHARED_FLOATS = 12 * 1024 - 16;  // 48 KiB, less what is_last_block has
+constexpr int SHARED_FLOATS = 24 * 1024;       // dynamic; 96 KiB, as in kernels/gemm.py
 
-template <int FLOATS> DEVICE float* shared_floats() {
-  alignas(16) __shared__ float floats[FLOATS];
+DEVICE float* dynamic_shared() {
+#ifdef __SIMT__  // has none, and static memory of any size
+  alignas(16) __shared__ float floats[SHARED_FLOATS];
   return floats;
+#else
+  extern __shared__ float4 packs[];
+  return reinterpret_cast<float*>(packs);
+#endif
 }
 
 // A block's ROWS x 64 of C, in registers. GROUPS of warps share its k; a warp adds 32 x 32, of which in the end it keeps
@@ -34,10 +40,8 @@ template <class Precision, bool A_K_RUNS, bool B_K_RUNS, int ROWS> struct Produc
   static constexpr int PAIRS = 8 * BLOCKS;
   typedef Operand<Precision, true, A_K_RUNS, ROWS, DEPTH> A;
   typedef Operand<Precision, false, B_K_RUNS, GEMM_COLUMNS, DEPTH> B;
-  static constexpr int STAGE = A::FLOATS + B::FLOATS, STAGES = SHARED_FLOATS / STAGE < 4 ? SHARED_FLOATS / STAGE : 4;
+  static constexpr int STAGE = A::FLOATS + B::FLOATS, STAGES = SHARED_FLOATS / STAGE;
   static_assert(STAGES >= 2 && WARPS * 32 * 32 == ROWS * GEMM_COLUMNS, "");
-
-  DEVICE static float* shared() { return shared_floats<STAGES * STAGE>(); }
 
   index_t M, N;
   unsigned column_tiles;
@@ -64,7 +68,7 @@ template <class Precision, bool A_K_RUNS, bool B_K_RUNS, int ROWS> struct Produc
     const index_t first = blockIdx.y * depth, rest = K - first < depth ? K - first : depth;
     A a(a_array, M, K, tile_row, first);
     B b(b_array, N, K, tile_column, first);
-    float* const stages = shared();
+    float* const stages = dynamic_shared();
     const int count = (int)((rest + DEPTH - 1) / DEPTH);
     const auto fetch = [&](int slot, int t) {
       const index_t left = rest - t * (index_t)DEPTH;
@@ -111,7 +115,7 @@ template <class Precision, bool A_K_RUNS, bool B_K_RUNS, int ROWS> struct Produc
       UNROLL for (int k = 0; k < 2; ++k) y[p][k] = GROUPS == 2 && group ? c[1][n][2 * o + k] : c[i][n][2 * o + k];
     }
     if constexpr (GROUPS == 2) {
-      float* const given = shared();
+      float* const given = dynamic_shared();
       __syncthreads();  // nobody reads the last tiles any more
       UNROLL for (int n = 0; n < 4; ++n) {
         UNROLL for (int k = 0; k < 4; ++k)
