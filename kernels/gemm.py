@@ -18,7 +18,7 @@ PRECISIONS = ("tf32", "bf16")
 COLUMNS, SMALL, LARGE = 64, 64, 128  # of a tile; its rows: the same numbers as in src/gemm.cuh and src/module.cu
 DEPTH = 32  # what blocks that share a tile divide K by
 SHARED_BYTES = 96 * 1024  # of a block; the same number as in src/gemm_product.cuh
-MEETING = 8  # what it costs that blocks meet, in tiles of DEPTH of K
+MEETING, PART = 6, 2  # what it costs that blocks meet, and each of them, in DEPTHs of K (H100: 1.6 and 0.5 us)
 CAPABILITY = 80  # the first with these instructions
 
 
@@ -42,9 +42,8 @@ def gemm_shape(M: int, N: int, K: int, multiprocessors: int) -> Shape:
 
     Large tiles, which need fewer bytes for an operation, where there are two for each multiprocessor. Else small ones;
     and where there are fewer than multiprocessors, s blocks for each, as long as none has to wait for a place. Each
-    block reads 128 * K / s numbers, and where s > 1 the last one waits for the others' parts, which takes as long as
-    MEETING tiles, and reads them, s tiles of 64 * 64: in units of DEPTH * 128 numbers together K / DEPTH / s, or
-    K / DEPTH / s + MEETING + s, which is to be least.
+    block has K / s of K, and where s > 1 the last one waits for the others and adds their parts: in units of DEPTH
+    together K / DEPTH / s, or K / DEPTH / s + MEETING + PART * s, which is to be least.
     """
     column_tiles = max(1, _divide_up(N, COLUMNS))
     large, small = (max(1, _divide_up(M, rows)) for rows in (LARGE, SMALL))
@@ -52,7 +51,7 @@ def gemm_shape(M: int, N: int, K: int, multiprocessors: int) -> Shape:
     if large * column_tiles >= 2 * multiprocessors:
         return Shape(LARGE, large, column_tiles, 1, steps * DEPTH)
     most = max(1, min(multiprocessors // (small * column_tiles), steps))
-    splits = min(range(1, most + 1), key=lambda s: _divide_up(steps, s) + (MEETING + s if s > 1 else 0))
+    splits = min(range(1, most + 1), key=lambda s: _divide_up(steps, s) + (MEETING + PART * s if s > 1 else 0))
     depth = _divide_up(steps, splits)
     return Shape(SMALL, small, column_tiles, _divide_up(steps, depth), depth * DEPTH)
 

@@ -65,16 +65,37 @@ def test_the_captured_run_equals_the_eager_one_bit_for_bit(changes):
     assert captured.replay._captured
 
 
-@pytest.mark.parametrize("precision, tolerance", [("tf32", 2e-3), ("bf16", 2e-2)])
+def gradients(ours):
+    """The first batch's, by layer from the last to the first: weight and bias."""
+    ours.begin_epoch(SPLIT.train, 1)
+    ours.train(0, ours.batch_size, ours.config.lr)
+    model, classes = ours.model, ours.model.sizes[-1]
+    layers = [[g.get() for g in pair] for pair in zip(model.weight_grads, model.bias_grads)]
+    layers[-1] = [g[..., :classes] for g in layers[-1]]
+    return layers[::-1]
+
+
+def assert_close_gradients(ours, precision):
+    """Against fp32. Rounding moves a few of the pre-activations across relu's 0 (of TF32's 2e-4 of them), and the error
+    of the hidden layers is the square root of how many. After some steps of Adam even fp32 with inputs rounded in
+    their last bit is 4e-4 away, so that losses say less."""
+    last, hidden = {"tf32": (2e-3, 3e-2), "bf16": (2e-2, 6e-2)}[precision]
+    pairs = zip(gradients(ours), gradients(learner(gemm="cupy")), strict=True)
+    for layer, (actual, expected) in enumerate(pairs):
+        for a, e in zip(actual, expected, strict=True):
+            error = np.linalg.norm(a - e) / np.linalg.norm(e)
+            assert error <= (hidden if layer else last), f"layer {layer} from the end: {error}"
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
 @pytest.mark.parametrize("gemm", ["cublaslt", "own"])
-def test_lower_precision_trains_as_well(gemm, precision, tolerance):
+def test_lower_precision_trains_as_well(gemm, precision):
     if gemm == "cublaslt":
         needs_cublaslt()
-    exact = trained(learner(gemm="cupy"))[0]
-    rounded = trained(learner(gemm=gemm, precision=precision))[0]
-    for a, b in zip(exact, rounded, strict=True):
-        assert abs(a.train_loss - b.train_loss) <= tolerance * a.train_loss
-        assert not np.isnan(b.val_loss)
+    assert_close_gradients(learner(gemm=gemm, precision=precision), precision)
+    exact, rounded = (trained(learner(**how))[0] for how in (dict(gemm="cupy"), dict(gemm=gemm, precision=precision)))
+    assert abs(rounded[0].train_loss - exact[0].train_loss) <= 2e-3 * exact[0].train_loss
+    assert rounded[-1].train_loss < 0.9 * rounded[0].train_loss
 
 
 def test_our_own_products_are_captured_without_any_library():
@@ -95,10 +116,9 @@ def test_every_form_trains_alike(form, padded):
     both = Products(chosen.library, Gemm(cuda, "tf32"), "tf32", epilogues=True)
     hidden, last = Form(form, SEPARATE if form == EPILOGUE else OWN, form), Form(form, form, form)
     plan = Plan((Form(form, hidden.weight), hidden, hidden, last), padded)
-    plain = trained(learner(chosen, precision="tf32"))[0]
-    other = trained(learner(both, plan, precision="tf32"))[0]
-    for a, b in zip(plain, other, strict=True):
-        assert abs(a.train_loss - b.train_loss) <= 2e-3 * a.train_loss
+    assert_close_gradients(learner(both, plan, precision="tf32"), "tf32")
+    rows = trained(learner(both, plan, precision="tf32"))[0]
+    assert rows[-1].train_loss < 0.9 * rows[0].train_loss
 
 
 def streaming_limit(ours):
@@ -110,15 +130,17 @@ def streaming_limit(ours):
 
 
 @pytest.mark.parametrize("batch", [512, "full"])
-def test_streamed_data_changes_no_bit(batch):
+def test_streamed_data_trains_the_same(batch):
     whole = learner(batch_size=batch, gemm="cupy")
     streamed = learner(batch_size=batch, gemm="cupy", memory_limit=streaming_limit(whole))
     assert streamed.budget.window and not whole.budget.window
-    one, other = trained(whole), trained(streamed)
+    (one, arrays), (other, streamed_arrays) = trained(whole), trained(streamed)
+    for a, b in zip(one, other, strict=True):  # smaller chunks, of the validation images always, add in another order
+        assert abs(a.val_loss - b.val_loss) <= 1e-6 * a.val_loss
+        assert abs(a.train_loss - b.train_loss) <= (0 if batch == 512 else 1e-4) * a.train_loss
     if batch == 512:
-        assert_equal_runs(one, other)
-    for a, b in zip(one[0], other[0], strict=True):  # smaller chunks add in another order
-        assert abs(a.train_loss - b.train_loss) <= 1e-4 * a.train_loss
+        for a, b in zip(arrays[:-2], streamed_arrays[:-2], strict=True):  # without those of the evaluation
+            assert_same_bits(a, b)
 
 
 def test_tuning_is_remembered(monkeypatch, tmp_path):

@@ -25,10 +25,11 @@ template <class Precision, bool IS_A, bool K_RUNS_, int OUTER, int DEPTH> struct
   static constexpr int LINES = K_RUNS ? OUTER : DEPTH, LENGTH = K_RUNS ? DEPTH : OUTER;
   static constexpr int PITCH = LENGTH + Precision::template padding<K_RUNS>(), FLOATS = LINES * PITCH;
   typedef ::Fragment<IS_A> Fragment;
-  const float* from;       // this thread's first element of the next tile
-  index_t length;          // of the array's lines
-  int line, place, outer;  // that element in the tile; outer indices of the tile that the array has
-  bool vector;             // 16 bytes at once
+  const float* from;   // this thread's first element of the next tile
+  index_t length;      // of the array's lines
+  int line, place;     // that element in the tile
+  int outer;           // outer indices of the tile that the array has
+  bool vector;         // 16 bytes at once
 
   DEVICE Operand(const float* array, index_t outers, index_t K, index_t first_outer, index_t first_k)
       : length(K_RUNS ? K : outers), vector(length % 4 == 0 && aligned16(array)) {
@@ -41,7 +42,8 @@ template <class Precision, bool IS_A, bool K_RUNS_, int OUTER, int DEPTH> struct
   // Starts the copy of the next tile, of which the array has `depth` numbers along k; zeros beyond the array's ends,
   // because each of them adds 0 to every sum.
   DEVICE void fetch(float* tile, int depth) {
-    if (vector) copy<4>(tile, depth);
+    if (vector && depth >= DEPTH) copy<4>(tile, DEPTH);  // the rule: what is compared with a constant costs nothing
+    else if (vector) copy<4>(tile, depth);
     else copy<1>(tile, depth);
     from += K_RUNS ? DEPTH : DEPTH * length;
   }
@@ -49,9 +51,12 @@ template <class Precision, bool IS_A, bool K_RUNS_, int OUTER, int DEPTH> struct
     constexpr int DOWN = GEMM_THREADS * W / LENGTH, PASSES = LINES / DOWN;  // lines that the block copies at once
     const int lines = K_RUNS ? outer : depth;
     const bool inside = place < (K_RUNS ? depth : outer);
+    const float* source = from;
+    float* to = tile + line * PITCH + place;
     const auto pass = [&](int q) {
-      const int l = line + q * DOWN;
-      cp_async<4 * W>(tile + l * PITCH + place, from + q * DOWN * length, inside && l < lines);
+      cp_async<4 * W>(to, source, inside && line + q * DOWN < lines);
+      source += DOWN * length;
+      to += DOWN * PITCH;
     };
     if constexpr (PASSES <= 4) {
       UNROLL for (int q = 0; q < PASSES; ++q) pass(q);

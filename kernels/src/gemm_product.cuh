@@ -11,10 +11,11 @@
 // tiles are large only where those fill the GPU, and where not even the small ones do, several blocks share a tile's K.
 // Each leaves its sums in memory, and the last to arrive adds them, always in the same order.
 //
-// Shared memory holds as many tiles of A and B as fit 96 KiB, five or six: one at work, the others on their way by
-// cp.async, and a barrier per tile. A multiprocessor gets 64 bytes per clock from the L2 cache about 1000 clocks after it
-// has asked for them, so with 64 KiB on their way it never waits. The factors stay float32 up to the registers, where
-// they are rounded: an array in another precision would have to be written and read once more.
+// Shared memory holds as many tiles of A and B as fit 96 KiB, two or three: one at work, the others on their way by
+// cp.async, and a barrier per tile. Few warps share a multiprocessor here, so nothing hides what a tile costs beside its
+// multiplications (on an H100 some 700 clocks for the barrier, the addresses and the first fragments, against 256 for the
+// multiplications of 32 of k): hence 64 of k in a tile. The factors stay float32 up to the registers, where they are
+// rounded: an array in another precision would have to be written and read once more.
 #pragma once
 #include "gemm_operand.cuh"
 
@@ -36,7 +37,8 @@ DEVICE float* dynamic_shared() {
 // A block's ROWS x 64 of C, in registers. GROUPS of warps share its k; a warp adds 32 x 32, of which in the end it keeps
 // BLOCKS of 16 rows.
 template <class Precision, bool A_K_RUNS, bool B_K_RUNS, int ROWS> struct Product {
-  static constexpr int GROUPS = 128 / ROWS, BLOCKS = 2 / GROUPS, DEPTH = 16 * GROUPS, WARPS = 8 / GROUPS;
+  static constexpr int GROUPS = 128 / ROWS, BLOCKS = 2 / GROUPS, WARPS = 8 / GROUPS;
+  static constexpr int PART = 32, DEPTH = PART * GROUPS;  // of k: a group's part of a tile, and all of them
   static constexpr int PAIRS = 8 * BLOCKS;
   typedef Operand<Precision, true, A_K_RUNS, ROWS, DEPTH> A;
   typedef Operand<Precision, false, B_K_RUNS, GEMM_COLUMNS, DEPTH> B;
@@ -84,26 +86,35 @@ template <class Precision, bool A_K_RUNS, bool B_K_RUNS, int ROWS> struct Produc
     ROLLED for (int t = 0; t < count; ++t) {
       cp_async_wait_group<STAGES - 2>();
       __syncthreads();  // tile t is there for all, and nobody needs tile t - 1, whose place the next one takes
-      if (t + STAGES - 1 < count) fetch(slot == 0 ? STAGES - 1 : slot - 1, t + STAGES - 1);
-      cp_async_commit_group();
-      add_tile(c, stages + slot * STAGE);
+      add_tile(c, stages + slot * STAGE, [&] {
+        if (t + STAGES - 1 < count) fetch(slot == 0 ? STAGES - 1 : slot - 1, t + STAGES - 1);
+        cp_async_commit_group();
+      });
       slot = slot == STAGES - 1 ? 0 : slot + 1;
     }
     add_groups(c);
     return GROUPS == 1 || gridDim.y == 1 || add_parts(partial, counters);  // large tiles never share K
   }
 
-  DEVICE void add_tile(float (&c)[2][4][4], const float* stage) const {
-    UNROLL for (int k = 0; k < 16; k += Precision::K) {
-      typename A::Fragment a[2];
-      typename B::Fragment b[2];
+  // meanwhile() is what there is to do while the first fragments are on their way from shared memory.
+  template <class F> DEVICE void add_tile(float (&c)[2][4][4], const float* stage, F meanwhile) const {
+    constexpr int STEPS = PART / Precision::K;
+    typename A::Fragment a[2][2];  // of this step and the next
+    typename B::Fragment b[2][2];
+    const auto read = [&](int step) {
       UNROLL for (int i = 0; i < 2; ++i) {
-        a[i] = Precision::template read<A>(stage, warp_row + 16 * i, 16 * group + k);
-        b[i] = Precision::template read<B>(stage + A::FLOATS, warp_column + 16 * i, 16 * group + k);
+        const int k = PART * group + Precision::K * step;
+        a[step % 2][i] = Precision::template read<A>(stage, warp_row + 16 * i, k);
+        b[step % 2][i] = Precision::template read<B>(stage + A::FLOATS, warp_column + 16 * i, k);
       }
+    };
+    read(0);
+    meanwhile();
+    UNROLL for (int s = 0; s < STEPS; ++s) {
+      if (s + 1 < STEPS) read(s + 1);
       UNROLL for (int i = 0; i < 2; ++i) {
         UNROLL for (int n = 0; n < 4; ++n)
-          Precision::mma(c[i][n], a[i].r, b[n / 2].r[n % 2 * 2], b[n / 2].r[n % 2 * 2 + 1]);
+          Precision::mma(c[i][n], a[s % 2][i].r, b[s % 2][n / 2].r[n % 2 * 2], b[s % 2][n / 2].r[n % 2 * 2 + 1]);
       }
     }
   }
