@@ -31,7 +31,7 @@ UPLOADED = 64  # MB
 ARRAY_OPS = {
     "bias_act relu": (2, 16), "bias_act identity": (1, 8),
     "bias_act_backward relu": (4, 20), "bias_act_backward identity": (1, 4),
-    "softmax_cross_entropy": (34, 36), "adam_step": (13, 120), "gather_batch": (11, 7),
+    "softmax_cross_entropy": (33, 36), "adam_step": (13, 120), "gather_batch": (11, 7),
 }  # fmt: skip
 NUMPY_GATHER = (3, 7)  # the same of ArrayTrainer.gather() in host memory
 # Arguments that are read and written, by position; all others are read or written once.
