@@ -10,7 +10,9 @@ def explain(learner, entry: dict) -> str:
     for name, program in learner.programs().items():
         lines = [f"{name}: {len(program.calls)} calls, {_launch(learner)}"]
         for call in program.calls:
-            beside = "  (beside what follows)" if call.beside and learner.captures else ""
+            beside = ""
+            if learner.captures and (call.beside or call.early and learner.steps_per_launch > 1):
+                beside = f"  (beside {'what follows' if call.beside else 'the end of the step before'})"
             shapes = [f"{size}" for size in map(_shape, (*call.args, *call.kwargs.values())) if size]
             lines.append(f"  {call.phase:17} {call.function.__name__:24} {' '.join(shapes)}{beside}")
         parts.append("\n".join(lines))

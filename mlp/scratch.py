@@ -171,7 +171,8 @@ class ScratchLearner:
     # ---- programs
 
     def _whole_step(self, rows, window):
-        x, labels = self._gather(rows, window)
+        with self.recorder.early():  # the optimizer touches neither images nor the place in them
+            x, labels = self._gather(rows, window)
         self._advance(rows, self.optimizer.steps)
         self._gradients(x, labels, 1.0 / rows)
         self.recorder.join()

@@ -15,7 +15,8 @@ from itertools import groupby
 @dataclass(frozen=True)
 class Call:
     """One call of an op. In a graph those that are `beside` make a branch of their own, in their order, next to the
-    calls that follow; the next one that `joins` waits for it."""
+    calls that follow; the next one that `joins` waits for it. Those that are `early` run, where the program is repeated,
+    on that branch next to the last calls of the repetition before, from the one that joins on."""
 
     phase: str  # what the call belongs to: "gather", "forward/layer0", ...; see ranges.py
     function: Callable
@@ -23,6 +24,7 @@ class Call:
     kwargs: dict
     beside: bool = False
     joins: bool = False
+    early: bool = False
 
     def __call__(self):
         self.function(*self.args, **self.kwargs)
@@ -33,13 +35,14 @@ class Recorder:
     is recorded names its outputs."""
 
     def __init__(self):
-        self._calls, self._phase, self._beside, self._joins = None, "", False, False
+        self._calls, self._phase, self._beside, self._joins, self._early = None, "", False, False, False
 
     def __call__(self, function, *args, **kwargs) -> None:
         if self._calls is None:
             function(*args, **kwargs)
         else:
-            self._calls.append(Call(self._phase, function, args, kwargs, self._beside, self._joins))
+            how = self._beside, self._joins, self._early
+            self._calls.append(Call(self._phase, function, args, kwargs, *how))
             self._joins = False
 
     @contextmanager
@@ -63,6 +66,13 @@ class Recorder:
         self._beside = True
         yield
         self._beside = False
+
+    @contextmanager
+    def early(self):
+        """What is called in this block needs nothing of the calls from join() on and overwrites nothing of theirs."""
+        self._early = True
+        yield
+        self._early = False
 
     def join(self) -> None:
         """The next call uses what was computed beside."""
@@ -110,22 +120,34 @@ class Program:
                 for call in calls:
                     call()
 
-    def issue(self, main, side) -> None:
-        """Launch the calls on CuPy's stream `main`, which is the current one, and those beside them on `side`."""
-        forked = False
-        for call in self.calls:
-            if call.beside:
-                side.wait_event(main.record())
-                with side:
-                    call()
-                forked = True
-                continue
-            if call.joins and forked:
+    def issue(self, main, side, repeats: int = 1) -> None:
+        """Launch the calls `repeats` times on CuPy's stream `main`, which is the current one, and those beside them on
+        `side`."""
+        early = [call for call in self.calls if call.early]
+        ahead = False  # whether those of this repetition have been launched
+        for repetition in range(repeats):
+            forked = False
+            for call in self.calls:
+                if call.early and ahead:
+                    continue
+                if call.beside:
+                    self._beside(call, main, side)
+                    forked = True
+                    continue
+                if call.joins and forked:
+                    main.wait_event(side.record())
+                    forked = ahead = bool(early) and repetition + 1 < repeats
+                    for following in early if ahead else ():
+                        self._beside(following, main, side)
+                call()
+            if forked:
                 main.wait_event(side.record())
-                forked = False
+
+    @staticmethod
+    def _beside(call, main, side) -> None:
+        side.wait_event(main.record())
+        with side:
             call()
-        if forked:
-            main.wait_event(side.record())
 
 
 @cache
@@ -159,8 +181,7 @@ class Graphs:
             self.stream.synchronize()
             self.stream.begin_capture()
             try:
-                for _ in range(repeats):
-                    program.issue(self.stream, self._side)
+                program.issue(self.stream, self._side, repeats)
             finally:
                 graph = self.stream.end_capture()  # also after an error, or the stream could not be used any more
         graph.upload(self.stream)

@@ -60,12 +60,12 @@ class Stream:
     def is_capturing(self):
         return self.gpu.capturing
 
-    def do(self, work):
+    def do(self, work, name=""):
         """Work at once, or as a node of the graph that is being captured."""
         if not self.gpu.capturing:
             self.gpu.calls += 1
             return work()
-        self.gpu.nodes.append(SimpleNamespace(after=self.after, call=work))
+        self.gpu.nodes.append(SimpleNamespace(after=self.after, call=work, name=name))
         self.after = (len(self.gpu.nodes) - 1,)
 
     def __enter__(self):
@@ -128,7 +128,7 @@ class Gpu:
         """`function`, as work of the current stream."""
 
         def call(*args, **kwargs):
-            return self.current[-1].do(lambda: function(*args, **kwargs))
+            return self.current[-1].do(lambda: function(*args, **kwargs), call.__name__)
 
         call.__name__ = getattr(function, "__name__", "call")
         return call

@@ -61,13 +61,14 @@ def test_the_recorded_step_equals_the_eager_one(backend, changes):
     assert np.isfinite(runs[0][0]).all() and len(np.unique(runs[0][0][:, 0])) == 2
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed, steps", [(0, 16), (1, 3), (2, 2)])
 @pytest.mark.parametrize("changes", CHANGES, ids=IDS)
-def test_the_captured_step_equals_the_eager_one(monkeypatch, changes, seed):
-    """In any order of execution that the graph's edges allow."""
+def test_the_captured_step_equals_the_eager_one(monkeypatch, changes, seed, steps):
+    """In any order of execution that the graph's edges allow; an epoch has 3 steps of 64, or fewer than one launch."""
     expected = trained(Eager(config(**changes), DATA, cpu("fused", 64), ROWS))
     gpu = Gpu(monkeypatch, seed, chunk_rows=64)
     learner = ScratchLearner(config(**changes), DATA, gpu.device, ROWS, gpu.products)
+    learner.steps_per_launch = steps
     assert learner.captures
     assert_equal_runs(trained(learner), expected)
 
@@ -122,6 +123,24 @@ def test_another_shape_is_captured_anew(monkeypatch):
     learner.train(0, 1000, 0.01)
 
 
+def test_the_next_batch_is_gathered_beside_the_optimizer(monkeypatch):
+    """Neither waits for the other, and both wait for what read the batch before: the gradients of the weights."""
+    gpu = Gpu(monkeypatch)
+    learner = ScratchLearner(config(), DATA, gpu.device, ROWS, gpu.products)
+    learner.begin_epoch(SPLIT.train, 1)
+    (program,) = learner.programs().values()
+    nodes = learner.replay.graphs.capture(program, 3).nodes
+    names = [node.name for node in nodes]
+    gathers, updates = ([k for k, n in enumerate(names) if n == name] for name in ("gather_batch", "adam_step"))
+    assert len(gathers) == len(updates) == 3
+    gradients = [k for k, n in enumerate(names) if n == "weight_gradient"]
+    for step, (update, gather) in enumerate(zip(updates, gathers[1:])):
+        before_update, before_gather = (gpu.ancestors(nodes[k].after) for k in (update, gather))
+        assert update not in before_gather and gather not in before_update
+        assert before_update & before_gather >= set(gradients[3 * step : 3 * step + 3])
+        assert {update, gather} <= gpu.ancestors(nodes[gradients[3 * step + 3]].after)
+
+
 def test_a_capture_leaves_the_state_as_it_was(monkeypatch):
     gpu = Gpu(monkeypatch)
     learner = ScratchLearner(config(), DATA, gpu.device, ROWS, gpu.products)
@@ -160,7 +179,9 @@ def test_a_missing_edge_is_noticed(monkeypatch, missing):
         runs = []
         for seed in range(3):
             gpu = Gpu(monkeypatch, seed, chunk_rows=64)
-            runs.append(trained(ScratchLearner(config(), DATA, gpu.device, ROWS, gpu.products)))
+            learner = ScratchLearner(config(), DATA, gpu.device, ROWS, gpu.products)
+            learner.steps_per_launch = 3
+            runs.append(trained(learner))
         assert any((run[1] != expected[1]).any() for run in runs)
     else:
         gpu = Gpu(monkeypatch)
