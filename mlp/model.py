@@ -127,11 +127,13 @@ class MLP:
         next layer says so, dy is the gradient of the pre-activation already, and the bias gradient is written."""
         forms, last = self.plan.forms, layer == len(self.weights) - 1
         with self.recorder.phase(f"backward/layer{layer}"):
-            if forms[layer].weight != EPILOGUE if last else forms[layer + 1].input == SEPARATE:
+            if not last and forms[layer + 1].input == SEPARATE:
                 self.activation_gradient(layer, dy)
             own = forms[layer].weight == OWN and (not layer or forms[layer].input == OWN)
             factor = None if own else self._factor(dy)
             with self.recorder.beside():
+                if last and forms[layer].weight != EPILOGUE:  # of the identity: only the bias gradient is written
+                    self.activation_gradient(layer, dy)
                 self.weight_gradient(layer, x, dy, factor)
             return self.input_gradient(layer, dy, factor) if layer else None
 

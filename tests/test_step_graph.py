@@ -188,7 +188,7 @@ def test_a_missing_edge_is_noticed(monkeypatch, missing):
         learner = ScratchLearner(config(), DATA, gpu.device, ROWS, gpu.products)
         learner.begin_epoch(SPLIT.train)
         (program,) = learner.programs().values()
-        assert sum(call.beside for call in program.calls) == 1 + 3  # advance and a weight gradient per layer
+        assert sum(call.beside for call in program.calls) == 1 + 3 + 1  # advance, a weight gradient per layer, a bias gradient
 
 
 def test_a_recorder_calls_or_notes_down():
