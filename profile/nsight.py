@@ -110,7 +110,8 @@ def record_command(tool: str, args, report: Path) -> list[str]:
                 "--force-overwrite=true", f"--output={report.with_suffix('')}", *child]  # fmt: skip
     kernels = [] if args.all_kernels else ["--kernel-name", OURS]
     metrics = ",".join(metric for metric, _ in tables.METRICS.values())
-    return [tool, "--profile-from-start", "off", "--clock-control", "none", *kernels, "--metrics", metrics,
+    as_in_training = ["--clock-control", "none", "--cache-control", "none"]
+    return [tool, "--profile-from-start", "off", *as_in_training, *kernels, "--metrics", metrics,
             "--force-overwrite", "--export", str(report.with_suffix("")), *child]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shutil
@@ -108,7 +109,9 @@ def versions(device: str) -> dict:
 
 
 def revision() -> str:
-    """The git revision, with a + where files differ from it."""
+    """The git revision, with a + where files differ from it; REVISION where the tree was copied without its history."""
+    if "REVISION" in os.environ:
+        return os.environ["REVISION"]
     git = ["git", "-C", ROOT]
     if shutil.which("git") is None:
         return "unknown"

@@ -154,7 +154,7 @@ def test_counters_through_every_process(tmp_path, fake, main):
     record, export = fake.calls()
     metrics = ",".join(metric for metric, _ in tables.METRICS.values())
     assert pairs(record) >= {("--profile-from-start", "off"), ("--clock-control", "none"), ("--metrics", metrics),
-                             ("--kernel-name", nsight.OURS)}  # fmt: skip
+                             ("--cache-control", "none"), ("--kernel-name", nsight.OURS)}  # fmt: skip
     assert "--force-overwrite" in record and "--csv" in export
     assert pairs(export) >= {("--import", str(tmp_path / "out" / "m0-fused.ncu-rep")), ("--page", "raw")}
 
