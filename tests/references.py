@@ -15,6 +15,8 @@ from kernels.plain_random import philox4x32
 
 from .checks import ELEMENTWISE, EPS, REDUCTION, Check
 
+LEAST = float(np.finfo(np.float32).smallest_subnormal)
+
 # ---- bias_act
 
 _TANH = np.sqrt(2.0 / np.pi)
@@ -158,7 +160,8 @@ def adam(p, g, m, v, *, step, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay
     """The new p, m, v in float64, and the tolerance of each.
 
     p is rounded once, when it is moved; decoupled decay rounds the factor that shrinks it and the product,
-    too. The move is relative to what it would be if the terms of m had equal signs, because they may cancel.
+    too. The move is relative to what it would be if the terms of m had equal signs, because they may cancel. m, and its
+    product with the step size, may be subnormal, rounded to a multiple of the least number, and then be divided by eps.
     """
     p, g, m, v = (x.astype(np.float64) for x in (p, g, m, v))
     l2 = 0.0 if decoupled else weight_decay
@@ -166,10 +169,12 @@ def adam(p, g, m, v, *, step, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay
     new_m = beta1 * m + (1 - beta1) * gradient
     new_v = beta2 * v + (1 - beta2) * gradient**2
     denominator = np.sqrt(new_v / (1 - beta2**step)) + eps
-    rate = lr / (1 - beta1**step) / denominator
+    step_size = lr / (1 - beta1**step)
+    rate = step_size / denominator
     kept = p * (1 - lr * weight_decay) if decoupled else p
     m_size = beta1 * np.abs(m) + (1 - beta1) * size
     p_bound = (3 if decoupled else 1) * EPS * np.abs(p) + 2 * ELEMENTWISE * rate * m_size
+    p_bound += (1 + step_size) * LEAST / denominator
     v_bound = ELEMENTWISE * (beta2 * v + (1 - beta2) * size**2)
     return (kept - rate * new_m, new_m, new_v), (p_bound, ELEMENTWISE * m_size, v_bound)
 

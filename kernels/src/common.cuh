@@ -97,6 +97,15 @@ struct Group {
     for_each<ITEMS>(C, [&](int k, int j) { x = x || f(k, j); });
     return __any_sync(0xffffffffu, x);
   }
+  template <int ITEMS, class F> DEVICE static float at(int C, int j, F f) {  // of column j, for every lane
+    if constexpr (ITEMS == 0) {
+      return f(0, j);
+    } else {  // no second load, behind that of j
+      float x = 0.0f;
+      for_each<ITEMS>(C, [&](int k, int i) { x = i == j ? f(k, i) : x; });
+      return __shfl_sync(0xffffffffu, x, j & 31);
+    }
+  }
   template <int ITEMS, class F> DEVICE static int first(int C, F f) {  // the first column of which f is true, or C
     int x = C;
     for_each<ITEMS>(C, [&](int k, int j) { x = j < x && f(k, j) ? j : x; });

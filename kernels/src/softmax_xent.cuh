@@ -38,7 +38,7 @@ template <class Row>
 DEVICE RowResult softmax_xent_row(Row row, const float* x, float* dx, int C, int label, float scale) {
   constexpr int K = Row::items;
   const bool valid = label >= 0 && label < C;
-  const float own = valid ? x[label] : not_a_number();
+  const float own = valid ? Group::at<K>(C, label, [&](int, int j) { return x[j]; }) : not_a_number();
   const float largest = Group::max<K>(C, [&](int, int j) { return x[j]; });
   const bool beaten = Group::any<K>(C, [&](int, int j) { return x[j] == largest && j < label; });
   Group::sync();  // dx may be x, and another lane writes where `own` was read

@@ -116,6 +116,7 @@ struct Group {
     for (int j = 0; j < C; ++j) found |= f(0, j);
     return found;
   }
+  template <int, class F> DEVICE static float at(int, int j, F f) { return f(0, j); }  // of column j
   template <int, class F> DEVICE static int first(int C, F f) {  // the first column of which f is true, or C
     int x = C;
     for (int j = 0; j < C; ++j) {
