@@ -27,6 +27,7 @@ ALGORITHMS = 8  # of cuBLASLt for a product: its first is often not the fastest 
 # padded or not, which makes 352 graphs, and all of this is to take a second or two. What a launch takes by itself is
 # the same for all.
 REPEATS, LAUNCHES = 20, 4
+WARM_UP = 100  # launches of the first graph that do not count: the clocks of an idle GPU take milliseconds to rise
 
 
 def cache_file() -> Path:
@@ -150,7 +151,7 @@ class GraphTimer:
     """Seconds of what a body records, in a CUDA graph of many executions."""
 
     def __init__(self, device: Device):
-        self._cupy, self._graphs = device.xp, Graphs(device.xp, [])
+        self._cupy, self._graphs, self._warm_up = device.xp, Graphs(device.xp, []), WARM_UP
 
     def __call__(self, body, recorder) -> float | None:
         from .cublaslt import Unsupported
@@ -160,13 +161,14 @@ class GraphTimer:
         except Unsupported:
             return None
         begin, end, seconds = self._cupy.cuda.Event(), self._cupy.cuda.Event(), []
-        for _ in range(LAUNCHES + 1):
+        for _ in range(self._warm_up + LAUNCHES):
             begin.record(self._graphs.stream)
             self._graphs.launch(graph)
             end.record(self._graphs.stream)
             end.synchronize()
             seconds.append(self._cupy.cuda.get_elapsed_time(begin, end) * 1e-3 / REPEATS)
-        return min(seconds[1:])
+        self._warm_up = 1
+        return min(seconds[-LAUNCHES:])
 
 
 def _read() -> dict:

@@ -20,7 +20,7 @@ from mlp.forms import EPILOGUE, MASKED, OWN, SEPARATE, Form, Plan
 from mlp.loop import fit
 from mlp.model import MLP
 from mlp.scratch import ScratchLearner
-from mlp.step_graph import Program
+from mlp.step_graph import Program, Recorder
 from mlp.tuning import cache_file
 
 from .checks import assert_same_bits
@@ -171,7 +171,10 @@ def test_our_products_on_a_gpu_without_the_instructions_are_refused(monkeypatch)
 def test_a_run_tunes_itself_and_remembers(monkeypatch, tmp_path, gemm, own):
     """The whole path of tf32 on a GPU: time every form in graphs, choose, train with it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tuning, "REPEATS", 2)  # and two algorithms: the simulated GPU is slow
+    monkeypatch.setattr(tuning, "WARM_UP", 1)
     gpu, tf32 = Gpu(monkeypatch), config(precision="tf32", gemm=gemm)
+    gpu.nvmath.answers = 2
     gpu.nvmath.refused["DRELU_BGRAD"] = 0  # the library finds no algorithm
     learner, entry = run.make_learner(tf32, DATA, gpu.device, ROWS)
     assert cache_file().exists() and learner.model.plan.forms == tuple(Form(*form) for form in entry["forms"])
@@ -181,6 +184,16 @@ def test_a_run_tunes_itself_and_remembers(monkeypatch, tmp_path, gemm, own):
     calls = gpu.nvmath.calls.copy()
     again, same = run.make_learner(tf32, DATA, gpu.device, ROWS)
     assert same == entry and gpu.nvmath.calls["heuristic"] == calls["heuristic"]
+
+
+def test_the_fastest_launch_counts_after_a_warm_up(monkeypatch):
+    gpu, recorder = Gpu(monkeypatch), Recorder()
+    timer, work = tuning.GraphTimer(gpu.device), gpu.deferred(list)
+    for launches in ([0.1] * tuning.WARM_UP + [4.0, 3.0, 5.0, 6.0], [0.1, 5.0, 5.0, 5.0, 2.0]):
+        milliseconds = iter(launches)
+        gpu.cupy.cuda.get_elapsed_time = lambda begin, end: next(milliseconds)  # noqa: B023
+        assert timer(lambda: recorder(work), recorder) == pytest.approx(min(launches[-4:]) * 1e-3 / tuning.REPEATS)
+        assert next(milliseconds, None) is None and len(gpu.nodes) == tuning.REPEATS
 
 
 class Timer:
