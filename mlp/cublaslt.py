@@ -42,6 +42,9 @@ class CublasLt:
     The first call for a stream makes its workspace, and the first for shapes and alignments their plan: RuntimeError
     in a capture, so run everything once before. Both are kept; keep this object as long as a graph of its calls.
     A wrong shape, dtype or layout, and a dimension of 0, raise ValueError; Unsupported: see there.
+
+    algorithm: which of cuBLASLt's a product takes, counted from 0 in the order of the times that it expects; not every
+    product has every number. What is measured may be in another order: see tuning.py.
     """
 
     captures = True
@@ -66,19 +69,19 @@ class CublasLt:
         self._workspaces.clear()
         self._library.close()
 
-    def forward(self, x, weight, out):
+    def forward(self, x, weight, out, algorithm=0):
         """out (B, N) = x (B, K) @ weight (K, N)."""
-        self._multiply(_Factor("x", x), _Factor("weight", weight), out)
+        self._multiply(_Factor("x", x), _Factor("weight", weight), out, algorithm)
 
-    def input_gradient(self, dz, weight, out):
+    def input_gradient(self, dz, weight, out, algorithm=0):
         """out (B, K) = dz (B, N) @ weight.T, weight (K, N)."""
-        self._multiply(_Factor("dz", dz), _Factor("weight", weight, transposed=True), out)
+        self._multiply(_Factor("dz", dz), _Factor("weight", weight, transposed=True), out, algorithm)
 
-    def weight_gradient(self, x, dz, out):
+    def weight_gradient(self, x, dz, out, algorithm=0):
         """out (K, N) = x.T @ dz, x (B, K), dz (B, N)."""
-        self._multiply(_Factor("x", x, transposed=True), _Factor("dz", dz), out)
+        self._multiply(_Factor("x", x, transposed=True), _Factor("dz", dz), out, algorithm)
 
-    def forward_act(self, x, weight, bias, activation, out, mask=None):
+    def forward_act(self, x, weight, bias, activation, out, mask=None, algorithm=0):
         """out (B, N) = activation(x (B, K) @ weight (K, N) + bias (N,)); activation: relu or identity.
 
         mask: uint8 of mask_shape(B, N), for relu only; receives what input_gradient_relu needs. cuBLASLt does not say
@@ -89,36 +92,38 @@ class CublasLt:
         if activation == "identity" and mask is not None:
             raise ValueError("mask must be None where activation is identity, which has none")
         epilogue = "BIAS" if activation == "identity" else "RELU_BIAS" if mask is None else "RELU_AUX_BIAS"
-        self._multiply(_Factor("x", x), _Factor("weight", weight), out, epilogue, ("bias", bias), mask)
+        self._multiply(_Factor("x", x), _Factor("weight", weight), out, algorithm, epilogue, ("bias", bias), mask)
 
-    def input_gradient_relu(self, dz, weight, mask, out, bias_grad):
+    def input_gradient_relu(self, dz, weight, mask, out, bias_grad, algorithm=0):
         """out (B, K) = dz (B, N) @ weight.T where the forward output was positive, else 0; bias_grad (K,) = out.sum(0).
 
         weight (K, N); mask: what forward_act wrote for the output (B, K) of the layer before.
         """
         left, right = _Factor("dz", dz), _Factor("weight", weight, transposed=True)
-        self._multiply(left, right, out, "DRELU_BGRAD", ("bias_grad", bias_grad), mask)
+        self._multiply(left, right, out, algorithm, "DRELU_BGRAD", ("bias_grad", bias_grad), mask)
 
-    def weight_gradient_bias(self, x, dz, out, bias_grad):
+    def weight_gradient_bias(self, x, dz, out, bias_grad, algorithm=0):
         """out (K, N) = x.T @ dz, x (B, K), dz (B, N); bias_grad (N,) = dz.sum(0)."""
         left, right = _Factor("x", x, transposed=True), _Factor("dz", dz)
-        self._multiply(left, right, out, "BGRADA", ("bias_grad", bias_grad))
+        self._multiply(left, right, out, algorithm, "BGRADA", ("bias_grad", bias_grad))
 
     mask_shape = staticmethod(mask_shape)
 
-    def _multiply(self, left, right, out, epilogue="DEFAULT", vector=None, mask=None):
+    def _multiply(self, left, right, out, algorithm, epilogue="DEFAULT", vector=None, mask=None):
         """out = left @ right; the epilogue's `vector` is (name, array)."""
         self._check(left, right, out, epilogue, vector, mask)
         arrays = right.array, left.array, out, vector and vector[1], mask
         pointers = [0 if array is None else _address(array) for array in arrays]
         problem = Problem.of(left.array.shape, right.array.shape, left.transposed, right.transposed, epilogue, pointers)
-        stream = self._cupy.cuda.get_current_stream()
-        if problem not in self._plans or stream.ptr not in self._workspaces:
-            self._prepare(problem, pointers, stream)
-        plan, workspace = self._plans[problem], self._workspaces[stream.ptr]
-        if isinstance(plan, str):
-            raise Unsupported(f"{plan}; give --gemm cupy")
-        self._library.run(plan, pointers, _address(workspace), workspace.size, stream.ptr)
+        key, stream = (problem, algorithm), self._cupy.cuda.get_current_stream()
+        if key not in self._plans or stream.ptr not in self._workspaces:
+            self._prepare(key, pointers, stream)
+        plan, workspace = self._plans[key], self._workspaces[stream.ptr]
+        refusal = plan
+        if not isinstance(plan, str):
+            refusal = self._library.run(plan, pointers, _address(workspace), workspace.size, stream.ptr)
+        if refusal:
+            raise Unsupported(f"{refusal}; give --gemm cupy")
 
     def _check(self, left, right, out, epilogue, vector, mask):
         for factor in left, right:
@@ -133,7 +138,7 @@ class CublasLt:
         if mask is not None or epilogue == "DRELU_BGRAD":
             _check("mask", mask, np.uint8, *mask_shape(rows, columns))
 
-    def _prepare(self, problem, pointers, stream):
+    def _prepare(self, key, pointers, stream):
         """Make the plan and the workspace that are missing; RuntimeError where nothing can be made now."""
         if not self._library.close.alive:
             raise RuntimeError("this CublasLt is closed; make a new one")
@@ -141,8 +146,8 @@ class CublasLt:
             raise RuntimeError(_UNPREPARED)
         if stream.ptr not in self._workspaces:  # because products on two streams may run at the same time
             self._workspaces[stream.ptr] = self._cupy.empty(self.workspace_bytes + SLACK, np.uint8)
-        if problem not in self._plans:
-            self._plans[problem] = self._library.plan(problem, *pointers[3:])
+        if key not in self._plans:
+            self._plans[key] = self._library.plan(*key, *pointers[3:])
 
 
 def _address(array) -> int:

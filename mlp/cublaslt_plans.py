@@ -14,9 +14,10 @@ The rows of D are the columns of `out`, so cuBLASLt's vectors of m elements are 
 columns of D (BIAS, RELU_BIAS), the row sums of D (DRELU_BGRAD: out.sum(0)) and of op(A) (BGRADA: dz.sum(0)).
 RELU_AUX_BIAS also writes a bit per element of D, which DRELU_BGRAD reads.
 
-Deterministic: a problem always gets the heuristic's first algorithm; each stream has its own workspace, as the cuBLAS
-documentation asks in 2.1.4, Results Reproducibility; and where k is split, the partial sums go to the workspace and
-are added in a separate step (cublasLtReductionScheme_t), never in the output by whoever comes first.
+Deterministic: a problem always gets the same algorithm, the heuristic's first or the one whose number is given; each
+stream has its own workspace, as the cuBLAS documentation asks in 2.1.4, Results Reproducibility; and where k is split,
+the partial sums go to the workspace and are added in a separate step (cublasLtReductionScheme_t), never in the output
+by whoever comes first. A number means something for one problem, GPU, version of cuBLASLt and limit of workspace.
 
 Sources: cublasLt.h of CUDA 12.9, the documentation of CUDA 13, and nvmath-python 0.5 to 1.0, whose bindings have the
 same names, arguments and dtypes for all that is used here.
@@ -62,7 +63,7 @@ class Problem(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Addresses of cuBLASLt's objects, and the heuristic's answer."""
+    """Addresses of cuBLASLt's objects, and an answer of the heuristic."""
 
     descriptor: int
     a: int
@@ -100,8 +101,9 @@ class Library:
         number = self._lt.get_version()
         return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
-    def plan(self, problem, vector, mask) -> Plan | str:
-        """For a problem; or why there is none. vector, mask: addresses for the epilogue, or 0."""
+    def plan(self, problem, number, vector, mask) -> Plan | str:
+        """For a problem, by the algorithm of this number, counted from 0; or why there is none. vector, mask: addresses
+        for the epilogue, or 0."""
         lt, attribute, (m, n, k) = self._lt, self._lt.MatmulDescAttribute, problem.sizes()
         epilogue = problem.epilogue
         what = f"cuBLASLt {self.version()} has no algorithm for {epilogue} of {self._precision}, m {m}, n {n}, k {k}"
@@ -116,37 +118,48 @@ class Library:
         self._point(descriptor, vector, mask)  # the heuristic takes the alignments from these
         a, b = (self._layout(shape, self._factor_type) for shape in (problem.right, problem.left))
         d = self._layout((n, m), _CUDA_R_32F)
-        algorithm = self._heuristic((descriptor, a, b, d, d), problem.alignments)
+        algorithm = self._heuristic((descriptor, a, b, d, d), problem.alignments, number)
         return f"{what}: {algorithm}" if isinstance(algorithm, str) else Plan(descriptor, a, b, d, algorithm)
 
-    def run(self, plan, pointers, workspace, workspace_bytes, stream):
-        """Launch a product; all are addresses, `pointers` those of A, B, D, the epilogue's vector and its mask."""
+    def run(self, plan, pointers, workspace, workspace_bytes, stream) -> str | None:
+        """Launch a product, or return why its algorithm cannot be had; all are addresses, `pointers` those of A, B, D,
+        the epilogue's vector and its mask."""
         a, b, d, vector, mask = pointers
         self._point(plan.descriptor, vector, mask)  # a captured call keeps what is set now
         alpha = self._scalars.ctypes.data
         beta = alpha + self._scalars.itemsize  # 0: D is not read, and C may be D
-        self._lt.matmul(
-            self._handle, plan.descriptor, alpha, a, plan.a, b, plan.b, beta, d, plan.d, d, plan.d,
-            plan.algorithm.ctypes.data, workspace, workspace_bytes, stream,
-        )  # fmt: skip
+        try:
+            self._lt.matmul(
+                self._handle, plan.descriptor, alpha, a, plan.a, b, plan.b, beta, d, plan.d, d, plan.d,
+                plan.algorithm.ctypes.data, workspace, workspace_bytes, stream,
+            )  # fmt: skip
+        except self._lt.cuBLASLtError as error:
+            return f"cuBLASLt {self.version()} refuses an algorithm that it found: {self._refusal(error)}"
 
     def _layout(self, shape, dtype):
         """Of the column-major matrix that is the transpose of a row-major array of this shape."""
         rows, columns = shape
         return self._keep(self._lt.matrix_layout_create(dtype, columns, rows, columns), self._lt.matrix_layout_destroy)
 
-    def _heuristic(self, objects, alignments):
-        """The algorithm that is expected to be the fastest, or why there is none."""
-        lt = self._lt
-        found, count = np.zeros(1, lt.matmul_heuristic_result_dtype), np.zeros(1, np.int32)
-        preference = self._preference(*alignments[:3])
+    def _heuristic(self, objects, alignments, number):
+        """The algorithm of this number in the order of the times that are expected, or why there is none. As many are
+        asked for as this takes, because nothing says that more answers begin with the same ones."""
+        lt, asked = self._lt, number + 1
+        found, count = np.zeros(asked, lt.matmul_heuristic_result_dtype), np.zeros(1, np.int32)
+        addresses = found.ctypes.data, count.ctypes.data
         try:
-            lt.matmul_algo_get_heuristic(self._handle, *objects, preference, 1, found.ctypes.data, count.ctypes.data)
+            lt.matmul_algo_get_heuristic(self._handle, *objects, self._preference(*alignments[:3]), asked, *addresses)
         except lt.cuBLASLtError as error:
-            if error.status not in (_INVALID_VALUE, _NOT_SUPPORTED):
-                raise
-            return _line(error)
-        return found["algo"] if count[0] and not found["state"][0] else "its heuristic finds none"
+            return self._refusal(error)
+        if count[0] < asked or found["state"][number]:
+            return "its heuristic finds none" + f" of number {number}" * (number > 0)
+        return found["algo"][number:]
+
+    def _refusal(self, error) -> str:
+        """What an error says that is about one algorithm or problem; any other is raised."""
+        if error.status not in (_INVALID_VALUE, _NOT_SUPPORTED):
+            raise error
+        return _line(error)
 
     def _preference(self, a, b, d):
         """What an algorithm must keep to; a, b, d: the alignments of the matrices."""

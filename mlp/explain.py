@@ -39,17 +39,22 @@ def _launch(learner) -> str:
 
 def _products(learner, entry) -> str:
     products, plan = learner.products, learner.model.plan
-    whose = type(products.library or products.own).__name__
+    whose = " and ".join(type(of).__name__ for of in (products.library, products.own) if of)
     lines = [f"products: {whose}, {products.precision}; {'tuned' if entry else 'not tuned'}"]
     if plan.padded:
         lines[0] += f"; last layer padded to {plan.columns(learner.classes)} columns"
     if products.notice:
         lines.append(products.notice)
+    rows = min(learner.batch_size, learner.budget.rows)
     for layer, form in enumerate(plan.forms):
         cells = []
         for kind in forms.KINDS[: 3 if layer else 2]:
             timed = entry["us"][layer][kind] if entry else {}
             times = ", ".join(f"{name} {us} us" for name, us in timed.items())
-            cells.append(f"{kind} {getattr(form, kind)}" + (f" ({times})" if times else ""))
+            number = plan.algorithm(layer, kind, rows)
+            by = f" by algorithm {number}" if number else ""
+            cells.append(f"{kind} {getattr(form, kind)}{by}" + (f" ({times})" if times else ""))
         lines.append(f"  layer{layer}: {'; '.join(cells)}")
+    if plan.algorithms:
+        lines.append("  algorithms: cuBLASLt's, counted from 0, which is taken where none is named")
     return "\n".join(lines)

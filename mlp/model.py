@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from .forms import EPILOGUE, OWN, SEPARATE, default
+from .forms import EPILOGUE, MASKED, OWN, SEPARATE, default
 from .products import Products
 from .step_graph import Recorded, Recorder
 
@@ -102,17 +102,18 @@ class MLP:
         """x (B, sizes[layer]) -> the layer's output (B, sizes[layer + 1])."""
         z, y = self._z[layer][: len(x)], self._y[layer][: len(x)]
         bias, activation, form = self.biases[layer], self._activations[layer], self.plan.forms[layer].forward
+        algorithm = self._algorithm(layer, "forward", x)
         self._inputs.pop(layer, None)
         with self.recorder.phase(f"forward/layer{layer}"):
             if form == OWN:
                 kept = None if self._in_place(layer) else z
                 self._own.forward(x, self.weights[layer], y, bias=bias, activation=activation, z=kept)
-            elif form == EPILOGUE:
-                factor = self._input(layer, x)
-                self._library.forward_act(factor, self._factors[layer], bias, activation, y, self.mask(layer, len(x)))
-            else:
-                self._library.forward(self._input(layer, x), self._factors[layer], z)
+            elif form == SEPARATE:
+                self._library.forward(self._input(layer, x), self._factors[layer], z, **algorithm)
                 self.ops.bias_act(z, bias, activation, out=y)
+            else:
+                factor, mask = self._input(layer, x), self.mask(layer, len(x)) if form == MASKED else None
+                self._library.forward_act(factor, self._factors[layer], bias, activation, y, mask, **algorithm)
         return y
 
     def backward(self, x, dlogits):
@@ -147,17 +148,19 @@ class MLP:
     def weight_gradient(self, layer, x, dz, factor):
         """Write the gradient of the layer's weight. factor: what the library reads in the place of dz."""
         form, out = self.plan.forms[layer].weight, self.weight_grads[layer]
+        algorithm = self._algorithm(layer, "weight", x)
         if form == OWN:
             self._own.weight_gradient(x, dz, out)
         elif form == EPILOGUE:
-            self._library.weight_gradient_bias(self._input(layer, x), factor, out, self.bias_grads[layer])
+            self._library.weight_gradient_bias(self._input(layer, x), factor, out, self.bias_grads[layer], **algorithm)
         else:
-            self._library.weight_gradient(self._input(layer, x), factor, out)
+            self._library.weight_gradient(self._input(layer, x), factor, out, **algorithm)
 
     def input_gradient(self, layer, dz, factor):
         """The gradient of the layer's input; unless the form is separate, that of the pre-activation that the input
         was made of, and the bias gradient of the layer before is written."""
         form, before, out = self.plan.forms[layer].input, layer - 1, self._dy[layer - 1][: len(dz)]
+        algorithm = self._algorithm(layer, "input", dz)
         if form == OWN:
             saved, bias = self._saved(before, len(dz))
             self._own.input_gradient(
@@ -166,10 +169,15 @@ class MLP:
             )  # fmt: skip
         elif form == EPILOGUE:
             mask, bias_grad = self._masks[before], self.bias_grads[before]
-            self._library.input_gradient_relu(factor, self._factors[layer], mask, out, bias_grad)
+            self._library.input_gradient_relu(factor, self._factors[layer], mask, out, bias_grad, **algorithm)
         else:
-            self._library.input_gradient(factor, self._factors[layer], out)
+            self._library.input_gradient(factor, self._factors[layer], out, **algorithm)
         return out
+
+    def _algorithm(self, layer, kind, batch) -> dict:
+        """What a product of the library is told of its algorithm: nothing where it is the first."""
+        number = self.plan.algorithm(layer, kind, len(batch))
+        return {"algorithm": number} if number else {}
 
     def _in_place(self, layer) -> bool:
         return self._y[layer] is self._z[layer]
@@ -193,9 +201,7 @@ class MLP:
         return self._inputs[layer]
 
     def mask(self, layer, rows):
-        """Where the forward epilogue of relu leaves its bit mask for the backward one; None where nobody reads it."""
-        if layer + 1 == len(self.weights) or self.plan.forms[layer + 1].input != EPILOGUE:
-            return None
+        """Where the forward epilogue of relu leaves its bit mask for the backward one."""
         shape = self.products.library.mask_shape(rows, len(self.biases[layer]))
         self._masks[layer] = self.xp.empty(shape, np.uint8)
         return self._masks[layer]

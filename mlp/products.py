@@ -1,5 +1,6 @@
 """Which matrix products a run uses: NumPy's, CuPy's, cuBLASLt's or our own kernel's, and in which precision."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +13,9 @@ from .gemm import ArrayGemm
 
 @dataclass(frozen=True)
 class Products:
-    """library: the products of a library, see gemm.py. own: our kernel (kernels/gemm.py), or None. epilogues: whether
-    the library has fused epilogues. notice: what the user should know."""
+    """library: the products of a library, see gemm.py. own: our kernel (kernels/gemm.py), or None; beside a library it
+    is used where tuning.py has found it faster. epilogues: whether the library has fused epilogues. notice: what the
+    user should know."""
 
     library: object
     own: object = None
@@ -53,7 +55,7 @@ def select(config: Config, device: Device) -> Products:
     if config.gemm in ("cublaslt", "own") and not device.fused:
         raise InputError(f"--gemm {config.gemm} goes with the fused kernels; give --fused with it")
     if config.gemm == "own":
-        return _own(precision)
+        return Products(None, _own(precision), precision)
     if not device.fused or config.gemm == "cupy":
         return Products(ArrayGemm(device.xp, precision), precision=precision)
     from .cublaslt import WORKSPACE_BYTES, CublasLt
@@ -66,17 +68,21 @@ def select(config: Config, device: Device) -> Products:
             raise
         notice = f"{error}; until then the products are CuPy's, and steps are launched op by op instead of as a graph"
         return Products(ArrayGemm(device.xp, precision), precision=precision, notice=notice)
-    return Products(library, precision=precision, epilogues=True)
+    own = None
+    if config.gemm == "auto" and precision != "fp32":
+        with suppress(InputError):  # on a GPU without the instructions it is no candidate
+            own = _own(precision)
+    return Products(library, own, precision, epilogues=True)
 
 
-def _own(precision: str) -> Products:
+def _own(precision: str):
+    """Our kernel for this precision. InputError where there is none."""
     if precision == "fp32":
         raise InputError("--gemm own multiplies on tensor cores; give --precision tf32 or bf16 with it")
     from kernels import BackendError, cuda
     from kernels.gemm import Gemm
 
     try:
-        own = Gemm(cuda, precision)
+        return Gemm(cuda, precision)
     except BackendError as error:
         raise InputError(f"--gemm own is not possible: {error}") from None
-    return Products(None, own, precision)

@@ -44,8 +44,11 @@ class cuBLASLtError(Exception):  # noqa: N801  (the library's own name)
 
 
 class Library:
-    """The module cublasLt. `calls` counts; `launches` holds what ran; `refused` maps an epilogue to a status, or to 0
-    for a heuristic that succeeds and finds nothing."""
+    """The module cublasLt. `calls` counts; `launches` holds what ran, with the `number` of its algorithm and how many
+    were `asked` for; all compute the same. `refused` maps an epilogue to a status, or to 0 for a heuristic that
+    succeeds and finds nothing.
+    `answers`: how many algorithms it finds; `failed`: the numbers of those with a state that is an error; `broken` maps
+    those that matmul refuses to a status."""
 
     MatmulDescAttribute, MatmulPreferenceAttribute = MatmulDescAttribute, MatmulPreferenceAttribute
     Epilogue, ReductionScheme, cuBLASLtError = Epilogue, ReductionScheme, cuBLASLtError
@@ -57,6 +60,7 @@ class Library:
     def __init__(self, cupy):
         self._cupy, self._objects, self._algorithms = cupy, {}, {}
         self.calls, self.launches, self.refused, self.create_error = Counter(), [], {}, None
+        self.answers, self.failed, self.broken, self.version = 8, set(), {}, 120903
 
     @property
     def alive(self) -> int:
@@ -86,7 +90,7 @@ class Library:
         self._destroy(light_handle)
 
     def get_version(self):
-        return 120903
+        return self.version
 
     def matmul_desc_create(self, compute_type, scale_type):
         assert compute_type in list(ComputeType) and scale_type == FLOAT32
@@ -135,20 +139,23 @@ class Library:
     ):  # fmt: skip
         self._assert_not_capturing()
         self.calls["heuristic"] += 1
-        assert light_handle in self._objects and requested_algo_count == 1
+        assert light_handle in self._objects and requested_algo_count > 0
         description, layouts = self._objects[operation_desc], (adesc, bdesc, cdesc, ddesc)
         self._assert_consistent(description, *(self._objects[layout] for layout in layouts))
         epilogue = Epilogue(description["EPILOGUE"]).name
         if self.refused.get(epilogue):
             raise cuBLASLtError(self.refused[epilogue])
-        found = memory(heuristic_results_array, 1, self.matmul_heuristic_result_dtype)
-        number = len(self._algorithms) + 1
-        self._algorithms[number] = SimpleNamespace(
-            description=dict(description), layouts=layouts, preference=dict(self._objects[preference])
-        )
-        found["algo"]["data_"][0] = number
-        found["state"] = 0
-        memory(return_algo_count, 1, np.int32)[0] = 0 if epilogue in self.refused else 1
+        found = memory(heuristic_results_array, requested_algo_count, self.matmul_heuristic_result_dtype)
+        count = 0 if epilogue in self.refused else min(self.answers, requested_algo_count)
+        for number in range(count):
+            key = len(self._algorithms) + 1
+            self._algorithms[key] = SimpleNamespace(
+                description=dict(description), layouts=layouts, preference=dict(self._objects[preference]),
+                number=number, asked=requested_algo_count,
+            )  # fmt: skip
+            found["algo"]["data_"][number, 0] = key
+            found["state"][number] = NOT_SUPPORTED if number in self.failed else 0
+        memory(return_algo_count, 1, np.int32)[0] = count
 
     @staticmethod
     def _assert_consistent(description, a, b, c, d):
@@ -170,6 +177,9 @@ class Library:
         description = dict(self._objects[compute_desc])  # the addresses of this moment
         found = self._algorithms[int(memory(algo, 8, np.uint64)[0])]
         assert found.layouts == (adesc, bdesc, cdesc, ddesc), "an algorithm of other layouts"
+        assert found.number not in self.failed, "an answer that failed"
+        if found.number in self.broken:
+            raise cuBLASLtError(self.broken[found.number])
         self._assert_within(found, description, {"A": a, "B": b, "C": c, "D": d})
         assert workspace % _ALIGNED == 0 and workspace_size_in_bytes > found.preference["MAX_WORKSPACE_BYTES"]
         assert (memory(alpha, 1, np.float32)[0], memory(beta, 1, np.float32)[0]) == (1, 0) and c == d
@@ -178,7 +188,7 @@ class Library:
         assert stream == current.ptr, "not on the current stream"
         self.launches.append(SimpleNamespace(
             epilogue=Epilogue(description["EPILOGUE"]).name, workspace=workspace, stream=stream,
-            preference=found.preference,
+            preference=found.preference, number=found.number, asked=found.asked,
         ))  # fmt: skip
         current.do(lambda: compute(description, *(layout.at(p) for layout, p in zip(layouts, (a, b, d)))))
 

@@ -68,6 +68,11 @@ FIRST = {
     "kernels/src/host/vocabulary.h": (BIAS_ACT, "host"),
     "kernels/src/host/fast.cpp": (BIAS_ACT, "host"),
     "kernels/src/host/stream.h": (STEPS, "host"),
+    "mlp/cublaslt.py": ("tests/test_cublaslt.py", "host"),
+    "mlp/cublaslt_plans.py": ("tests/test_cublaslt.py", "host"),
+    "mlp/forms.py": ("tests/test_tuning.py", "host"),
+    "mlp/products.py": ("tests/test_forms.py", "host"),
+    "mlp/tuning.py": ("tests/test_tuning.py", "host"),
 }
 # pytest -k for the forms of conftest.py, none of them the plain ops, which have no kernel in them
 FORMS = {
@@ -140,7 +145,7 @@ class Tree:
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("kernels", "tests"):
+        for name in ("kernels", "mlp", "tests"):
             shutil.rmtree(folder / name, ignore_errors=True)
             ignore = shutil.ignore_patterns("*.so", "__pycache__")
             shutil.copytree(ROOT / name, folder / name, ignore=ignore, copy_function=shutil.copy)

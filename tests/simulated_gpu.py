@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 
 import kernels
+from kernels import cuda, gemm
 from mlp.device import Device
 from mlp.gemm import ArrayGemm
 from mlp.products import Products
@@ -100,7 +101,8 @@ class Stream:
 
 
 class Gpu:
-    """device: what the learner computes on. products: by NumPy, captured; there is a stand-in for nvmath as well."""
+    """device: what the learner computes on. products: by NumPy, captured; there are stand-ins for nvmath and for our
+    own products as well."""
 
     def __init__(self, monkeypatch, seed=0, chunk_rows=2048):
         self.random, self.capturing, self.current, self.main = random.Random(seed), False, [], None
@@ -119,9 +121,12 @@ class Gpu:
         self.ops = SimpleNamespace(**{n: self.deferred(getattr(kernels, n)) for n in kernels.__all__
                                       if callable(getattr(kernels, n)) and n != "BackendError"})  # fmt: skip
         self.device = _Device("cuda", "simulated", cupy, self.ops, chunk_rows)
-        gemm = ArrayGemm(np)
+        monkeypatch.setattr(cuda, "compute_capability", lambda: 90)
+        for name in ("forward", "input_gradient", "weight_gradient"):
+            monkeypatch.setattr(gemm.Gemm, name, staticmethod(self.deferred(getattr(Own, name))))
+        arrays = ArrayGemm(np)
         self.products = Products(SimpleNamespace(captures=True, workspace_bytes=1000, **{
-            name: self.deferred(getattr(gemm, name)) for name in ("forward", "input_gradient", "weight_gradient")
+            name: self.deferred(getattr(arrays, name)) for name in ("forward", "input_gradient", "weight_gradient")
         }))  # fmt: skip
 
     def deferred(self, function):
@@ -145,6 +150,24 @@ class Gpu:
                 found.add(k)
                 open_ += self.nodes[k].after
         return found
+
+
+class Own:
+    """kernels.gemm.Gemm by NumPy, in float32."""
+
+    @staticmethod
+    def forward(x, w, out, *, bias, activation, z=None):
+        z = np.matmul(x, w, out=out if z is None else z)
+        kernels.bias_act(z, bias, activation, out=out)
+
+    @staticmethod
+    def input_gradient(dz, w, out, *, saved, activation, bias, bias_grad):
+        np.matmul(dz, w.T, out=out)
+        kernels.bias_act_backward(out, saved, activation, out=out, bias=bias, bias_grad=bias_grad)
+
+    @staticmethod
+    def weight_gradient(x, dz, out):
+        np.matmul(x.T, dz, out=out)
 
 
 class _Device(Device):

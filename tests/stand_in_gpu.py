@@ -93,7 +93,7 @@ class Generator:
 class Library:
     """Products that can be captured, with epilogues, and that compute nothing."""
 
-    captures, workspace_bytes = True, 0
+    captures, workspace_bytes, version = True, 0, "12.9.3"
 
     @staticmethod
     def mask_shape(rows, columns):

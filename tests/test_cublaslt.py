@@ -102,6 +102,37 @@ def test_no_algorithm(library, status, rng):
     lt.forward_act(*args, "identity", out)
 
 
+def numbered(library, lt, number):
+    ones = library.gpu.xp.ones((4, 4), np.float32)
+    lt.forward(ones, ones, library.gpu.xp.empty((4, 4)), algorithm=number)
+
+
+def test_the_algorithm_that_is_asked_for(library):
+    lt = CublasLt("fp32", SMALL_WORKSPACE)
+    for number in (2, 0, 7, 2):
+        numbered(library, lt, number)
+    forward(library, lt)
+    assert [launch.number for launch in library.launches] == [2, 0, 7, 2, 0]
+    assert [launch.asked for launch in library.launches] == [3, 1, 8, 3, 1], "the first alone, where it is the first"
+    assert library.calls["heuristic"] == 4, "the answers are kept"
+
+
+@pytest.mark.parametrize("what", [{"answers": 2}, {"failed": {2}}, {"broken": {2: fake_nvmath.NOT_SUPPORTED}}])
+def test_an_algorithm_that_is_missing(library, what):
+    vars(library).update(what)
+    lt = CublasLt("fp32", SMALL_WORKSPACE)
+    with pytest.raises(Unsupported, match="12.9.3 (refuses an algorithm that it found|has no .* none of number 2)"):
+        numbered(library, lt, 2)
+    numbered(library, lt, 1)
+    assert [launch.number for launch in library.launches] == [1]
+
+
+def test_another_error_of_a_product_is_not_hidden(library):
+    library.broken[0] = fake_nvmath.ALLOC_FAILED
+    with pytest.raises(fake_nvmath.cuBLASLtError):
+        forward(library, CublasLt("fp32", SMALL_WORKSPACE))
+
+
 def test_another_error_of_the_heuristic_is_not_hidden(library):
     library.refused["DEFAULT"] = fake_nvmath.ALLOC_FAILED
     with pytest.raises(fake_nvmath.cuBLASLtError):

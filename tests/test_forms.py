@@ -4,6 +4,7 @@ cuBLASLt is fake_nvmath's stand-in on the simulated GPU: it multiplies what it i
 """
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
@@ -12,12 +13,14 @@ import torch
 import kernels
 from kernels import cuda, simt
 from kernels.gemm import Gemm
-from mlp import configs, products, run
+from mlp import configs, products, run, tuning
+from mlp.cublaslt import Unsupported
 from mlp.data import stratified_split
-from mlp.forms import EPILOGUE, OWN, SEPARATE, Form, Plan
+from mlp.forms import EPILOGUE, MASKED, OWN, SEPARATE, Form, Plan
 from mlp.loop import fit
 from mlp.model import MLP
 from mlp.scratch import ScratchLearner
+from mlp.step_graph import Program, Recorder
 from mlp.tuning import cache_file
 
 from .checks import assert_same_bits
@@ -27,14 +30,14 @@ from .training import close, cpu, easy_dataset
 DATA = easy_dataset(300, 7)
 SPLIT = stratified_split(DATA.labels)
 ROWS = len(SPLIT.train)  # 210: three batches of 64, and 18
-EPILOGUES = (Form(EPILOGUE), Form(EPILOGUE, SEPARATE, EPILOGUE), Form(EPILOGUE, EPILOGUE, EPILOGUE))
+EPILOGUES = (Form(MASKED), Form(MASKED, SEPARATE, EPILOGUE), Form(EPILOGUE, EPILOGUE, EPILOGUE))
 PLANS = {
     "separate": Plan((Form(),) * 3),
     "padded": Plan((Form(),) * 3, padded=True),
     "epilogues": Plan(EPILOGUES),
     "padded epilogues": Plan(EPILOGUES, padded=True),
     "forward epilogues": Plan((Form(EPILOGUE), Form(EPILOGUE), Form(EPILOGUE))),
-    "one boundary": Plan((Form(), Form(EPILOGUE), Form(SEPARATE, SEPARATE, EPILOGUE))),
+    "one boundary": Plan((Form(), Form(MASKED), Form(SEPARATE, SEPARATE, EPILOGUE))),
     "bias gradient": Plan((Form(), Form(), Form(SEPARATE, EPILOGUE))),
 }
 
@@ -164,18 +167,144 @@ def test_our_products_on_a_gpu_without_the_instructions_are_refused(monkeypatch)
         products.select(config(gemm="own", precision="tf32"), gpu.device)
 
 
-def test_a_run_tunes_itself_and_remembers(monkeypatch, tmp_path):
+@pytest.mark.parametrize("gemm, own", [("auto", {OWN}), ("cublaslt", set())])
+def test_a_run_tunes_itself_and_remembers(monkeypatch, tmp_path, gemm, own):
     """The whole path of tf32 on a GPU: time every form in graphs, choose, train with it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    gpu = Gpu(monkeypatch)
+    monkeypatch.setattr(tuning, "REPEATS", 2)  # and two algorithms: the simulated GPU is slow
+    monkeypatch.setattr(tuning, "WARM_UP", 1)
+    gpu, tf32 = Gpu(monkeypatch), config(precision="tf32", gemm=gemm)
+    gpu.nvmath.answers = 2
     gpu.nvmath.refused["DRELU_BGRAD"] = 0  # the library finds no algorithm
-    learner, entry = run.make_learner(config(precision="tf32"), DATA, gpu.device, ROWS)
+    learner, entry = run.make_learner(tf32, DATA, gpu.device, ROWS)
     assert cache_file().exists() and learner.model.plan.forms == tuple(Form(*form) for form in entry["forms"])
-    assert set(entry["us"][1]["input"]) == {"separate"} and set(entry["us"][1]["forward"]) == {"separate", "epilogue"}
+    assert set(entry["us"][1]["input"]) == {SEPARATE} | own
+    assert set(entry["us"][1]["forward"]) == {SEPARATE, EPILOGUE, MASKED} | own
     assert_close_runs(trained(learner), trained(on_gpu(Gpu(monkeypatch), precision="tf32")), 5e-3)
     calls = gpu.nvmath.calls.copy()
-    again, same = run.make_learner(config(precision="tf32"), DATA, gpu.device, ROWS)
+    again, same = run.make_learner(tf32, DATA, gpu.device, ROWS)
     assert same == entry and gpu.nvmath.calls["heuristic"] == calls["heuristic"]
+
+
+def test_the_fastest_launch_counts_after_a_warm_up(monkeypatch):
+    gpu, recorder = Gpu(monkeypatch), Recorder()
+    timer, work = tuning.GraphTimer(gpu.device), gpu.deferred(list)
+    for launches in ([0.1] * tuning.WARM_UP + [4.0, 3.0, 5.0, 6.0], [0.1, 5.0, 5.0, 5.0, 2.0]):
+        milliseconds = iter(launches)
+        gpu.cupy.cuda.get_elapsed_time = lambda begin, end: next(milliseconds)  # noqa: B023
+        assert timer(lambda: recorder(work), recorder) == pytest.approx(min(launches[-4:]) * 1e-3 / tuning.REPEATS)
+        assert next(milliseconds, None) is None and len(gpu.nodes) == tuning.REPEATS
+
+
+class Timer:
+    """In the place of GraphTimer: executes a body once. Our products take `own` seconds, and the library's the more the
+    farther the number of their algorithm is from `fastest`."""
+
+    fastest, own, used = 1, 9.0, 0
+
+    def __init__(self, device):
+        self._launches = sys.modules["nvmath.bindings.cublasLt"].launches
+
+    def __call__(self, body, recorder):
+        Timer.used += 1
+        before = len(self._launches)
+        try:
+            Program.of(recorder, body).run()
+        except Unsupported:
+            return None
+        numbers = [launch.number for launch in self._launches[before:]]
+        return 1.0 + abs(numbers[0] - self.fastest) if numbers else self.own
+
+
+@pytest.fixture(name="tuned")
+def tuned_fixture(monkeypatch, tmp_path):
+    """tuned(gpu, **changes): a learner of a run that is tuned with Timer, and whether anything was timed for it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tuning, "GraphTimer", Timer)
+    for name in ("fastest", "own", "used"):
+        monkeypatch.setattr(Timer, name, getattr(Timer, name))
+
+    def make(gpu, tune=False, **changes):
+        before = Timer.used
+        learner, _ = run.make_learner(config(**{"precision": "tf32"} | changes), DATA, gpu.device, ROWS, tune)
+        return learner, Timer.used > before
+
+    return make
+
+
+def numbers_of_steps(gpu, learner):
+    """The algorithms of a step's products on a batch, on a smaller one, and in evaluation."""
+    learner.begin_epoch(SPLIT.train)
+    result, launches = [], gpu.nvmath.launches
+    for work in (lambda: learner.train(0, 64, 0.01), lambda: learner.train(64, 82, 0.01),
+                 lambda: learner.evaluate(SPLIT.test)):  # fmt: skip
+        launches.clear()
+        work()
+        result.append({launch.number for launch in launches})
+    return result
+
+
+@pytest.mark.parametrize("what, expected", [
+    ({}, 1), ({"answers": 1}, 0), ({"failed": {1}}, 0), ({"failed": {0, 1}}, 2), ({"broken": {1: 15, 0: 7}}, 2),
+])  # fmt: skip
+def test_the_fastest_algorithm_is_remembered_and_used(monkeypatch, tuned, what, expected):
+    """Where its batch is computed: for others its number means nothing."""
+    for timed in (True, False):
+        gpu = Gpu(monkeypatch)
+        vars(gpu.nvmath).update(what)
+        learner, now = tuned(gpu)
+        assert now == timed and {n for of in learner.model.plan.algorithms for n in of[:2]} == {expected}
+        gpu.nvmath.failed, gpu.nvmath.broken = set(), {}  # which of those that may fail is taken for other batches
+        assert numbers_of_steps(gpu, learner) == [{expected}, {0}, {0}]
+
+
+def test_another_version_of_the_library_is_timed_anew(monkeypatch, tuned):
+    gpu = Gpu(monkeypatch)
+    assert tuned(gpu)[1] and not tuned(gpu)[1]
+    gpu.nvmath.version, Timer.fastest = 130001, 2
+    learner, now = tuned(gpu)
+    assert now and numbers_of_steps(gpu, learner)[0] == {2}
+    gpu.nvmath.version = 120903
+    learner, now = tuned(gpu)
+    assert not now and numbers_of_steps(gpu, learner)[0] == {1}
+
+
+def test_fp32_takes_the_first_algorithms_unless_it_is_tuned(monkeypatch, tuned):
+    gpu = Gpu(monkeypatch)
+    learner, now = tuned(gpu, precision="fp32")
+    assert not now and numbers_of_steps(gpu, learner) == [{0}] * 3
+    assert all(launch.asked == 1 for launch in gpu.nvmath.launches)
+    assert tuned(gpu, precision="fp32", tune=True)[1]
+    learner, now = tuned(gpu, precision="fp32")
+    assert not now and numbers_of_steps(gpu, learner)[0] == {1}
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_our_products_are_chosen_where_they_are_faster(monkeypatch, tuned, precision):
+    expected = trained(on_gpu(Gpu(monkeypatch)))  # in fp32, as our products' stand-in
+    monkeypatch.setattr(Timer, "own", 0.5)
+    gpu = Gpu(monkeypatch)
+    learner, _ = tuned(gpu, precision=precision)
+    plan = learner.model.plan.forms
+    assert {form.weight for form in plan} == {form.forward for form in plan} == {OWN}
+    assert {form.input for form in plan[1:]} == {OWN}
+    assert numbers_of_steps(gpu, learner) == [set()] * 3
+    assert_close_runs(trained(tuned(gpu, precision=precision)[0]), expected, 1e-4)
+    learner, now = tuned(gpu, precision=precision, gemm="cublaslt")
+    assert now and numbers_of_steps(gpu, learner)[0] == {1}
+
+
+def test_whose_products_may_be_chosen(monkeypatch):
+    gpu = Gpu(monkeypatch)
+    select = lambda **changes: products.select(config(**changes), gpu.device)  # noqa: E731
+    for precision in ("tf32", "bf16"):
+        assert isinstance(select(precision=precision).own, Gemm) and select(precision=precision).epilogues
+        assert select(precision=precision).own.precision == precision
+        assert select(precision=precision, gemm="cublaslt").own is None
+        assert select(precision=precision, gemm="own").library is None
+    assert select().own is None and select(precision="tf32", gemm="cupy").own is None
+    monkeypatch.setattr(cuda, "compute_capability", lambda: 75)
+    assert select(precision="tf32").own is None and select(precision="tf32").epilogues
 
 
 @pytest.mark.parametrize("activation, precision, bound", [("relu", "tf32", 3e-3), ("gelu", "bf16", 3e-2)])

@@ -1,5 +1,6 @@
 """Training on a GPU: the captured step against the same calls one by one, precisions, streamed data, the command."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from mlp import InputError, configs, memory, run, tuning
 from mlp.data import stratified_split
 from mlp.device import select
-from mlp.forms import EPILOGUE, OWN, SEPARATE, Form, Plan
+from mlp.forms import EPILOGUE, MASKED, OWN, SEPARATE, Form, Plan
 from mlp.loop import fit
 from mlp.products import Products
 from mlp.products import select as select_products
@@ -114,8 +115,9 @@ def test_every_form_trains_alike(form, padded):
 
     chosen = select_products(configs.preset("m1", device="cuda", fused=True, precision="tf32"), select("cuda", True))
     both = Products(chosen.library, Gemm(cuda, "tf32"), "tf32", epilogues=True)
-    hidden, last = Form(form, SEPARATE if form == EPILOGUE else OWN, form), Form(form, form, form)
-    plan = Plan((Form(form, hidden.weight), hidden, hidden, last), padded)
+    forward, weight = (MASKED, SEPARATE) if form == EPILOGUE else (OWN, OWN)
+    hidden = Form(forward, weight, form)
+    plan = Plan((Form(forward, weight), hidden, hidden, Form(form, form, form)), padded)
     assert_close_gradients(learner(both, plan, precision="tf32"), "tf32")
     rows = trained(learner(both, plan, precision="tf32"))[0]
     assert rows[-1].train_loss < 0.9 * rows[0].train_loss
@@ -143,15 +145,26 @@ def test_streamed_data_trains_the_same(batch):
             assert_same_bits(a, b)
 
 
-def test_tuning_is_remembered(monkeypatch, tmp_path):
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@pytest.mark.parametrize("gemm", ["auto", "cublaslt"])
+def test_tuning_is_remembered(monkeypatch, tmp_path, gemm, precision):
+    """And the plan that is read again trains to the same bits, captured or not; the library's algorithms are real."""
     needs_cublaslt()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    config, device = configs.preset("m1", device="cuda", fused=True, precision="tf32"), select("cuda", True)
+    device = select("cuda", fused=True)
+    config = configs.preset("m1", device="cuda", fused=True, epochs=3, gemm=gemm, precision=precision)
     ours, entry = run.make_learner(config, DATA, device, len(SPLIT.train))
-    assert tuning.cache_file().exists() and len(entry["forms"]) == 4
+    assert tuning.cache_file().exists() and len(entry["forms"]) == len(entry["algorithms"]) == 4
+    timed = {form for layer in entry["us"] for forms in layer.values() for form in forms}
+    assert SEPARATE in timed and (OWN in timed) == (gemm == "auto")
+    (key,) = json.loads(tuning.cache_file().read_text())
+    assert f"cuBLASLt {ours.products.library.version}" in key
+    monkeypatch.setattr(tuning, "measure", None)
     again, same = run.make_learner(config, DATA, device, len(SPLIT.train))
     assert same == entry and again.model.plan == ours.model.plan
-    trained(ours)
+    result = trained(ours)
+    assert_equal_runs(result, trained(op_by_op(again)))
+    assert_close_gradients(run.make_learner(config, DATA, device, len(SPLIT.train))[0], precision)
 
 
 def test_too_little_memory_is_refused():

@@ -1,6 +1,7 @@
 """The matrix products of a layer: by the array module, and by cuBLASLt, on its stand-in and on a GPU."""
 
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from mlp import InputError
 from mlp.cublaslt import CublasLt
 from mlp.gemm import ArrayGemm
+from mlp.tuning import ALGORITHMS
 
 from .checks import REDUCTION, Backend, assert_close, assert_same_bits, max_error, to_numpy
 from .products import (  # noqa: F401  (the fixtures)
@@ -193,6 +195,27 @@ def test_repeated_products_are_the_same(gpu, products, rng):
         again[...] = np.nan
         gemm.weight_gradient(x, dz, again)
         assert_same_bits(first, again)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@pytest.mark.parametrize("number", range(ALGORITHMS))
+def test_every_algorithm_computes_the_same(gpu, products, precision, number, rng):
+    """In a form with an epilogue, and in one whose sums are long enough to be split; and again the same bits."""
+    (B, K, N), data, lt = (512, 400, 240), Data(gpu, precision, rng), products(precision)
+    (x, x64), (dz, dz64), (weight, weight64) = data.factor(B, K), data.factor(B, N), data.factor(K, N)
+    bias, bias64 = data.vector(N)
+    y, again, grad = (gpu.outputs(*shape)[0] for shape in ((B, N), (B, N), (K, N)))
+    masks = [mask_output(gpu, B, N)[0] for _ in range(2)]
+    for out, mask in zip((y, again), masks):
+        offered(gpu, partial(lt.forward_act, x, weight, bias, "relu", out, mask, algorithm=number))
+    offered(gpu, partial(lt.weight_gradient, x, dz, grad, algorithm=number))
+    magnitude = np.abs(x64) @ np.abs(weight64) + np.abs(bias64)
+    assert_close(y, np.maximum(x64 @ weight64 + bias64, 0.0), TOLERANCE[precision], magnitude=magnitude)
+    assert_close(grad, x64.T @ dz64, TOLERANCE[precision], magnitude=np.abs(x64.T) @ np.abs(dz64))
+    bits = [np.unpackbits(to_numpy(mask), axis=1, count=N, bitorder="little") for mask in masks]
+    assert_same_bits(y, again)
+    for found in bits:
+        assert_same_bits(found.astype(bool), to_numpy(y) > 0)
 
 
 @every_precision

@@ -101,9 +101,9 @@ struct Group {
     if constexpr (ITEMS == 0) {
       return f(0, j);
     } else {  // no second load, behind that of j
-      float x = 0.0f;
-      for_each<ITEMS>(C, [&](int k, int i) { x = i == j ? f(k, i) : x; });
-      return __shfl_sync(0xffffffffu, x, j & 31);
+      float mine = 0.0f;
+      for_each<ITEMS>(C, [&](int k, int i) { mine = i == j ? f(k, i) : mine; });
+      return __shfl_sync(0xffffffffu, mine, j & 31);
     }
   }
   template <int ITEMS, class F> DEVICE static int first(int C, F f) {  // the first column of which f is true, or C
