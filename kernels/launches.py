@@ -9,9 +9,12 @@ the same GPU adds in the same order whoever compiled. Arguments arrive checked b
 import numpy as np
 
 THREADS = 256
-TILE_COLUMNS, TILE_ROWS = 128, 8  # bias_act_backward; the same numbers as in bias_act.cuh
+LEAST_THREADS = 64  # of a flat grid's block
+ROW_PACKS, GATHER_WORDS = 2, 5  # that a thread of bias_act and of gather loads at once: common.cuh, batch.cuh
+TILE_WIDTHS = (2, 4, 8, 16, 32)  # packs of 4 columns that a block of bias_act_backward has
+ROWS_PER_THREAD = 8  # of bias_act_backward at most, where each block has all rows
 # Blocks that a multiprocessor with room for them holds at once: module.cu keeps the registers within what they leave.
-TILE_BLOCKS = 4
+TILE_BLOCKS, GATHER_BLOCKS = 4, 6
 ROW_BLOCKS = {1: 8, 2: 8, 4: 8, 8: 6, 16: 4, 32: 3, 0: 8}  # softmax_xent_<n>: up to 32 n classes in registers; 0: any
 _MAX_GRID_Y = 65535
 
@@ -20,18 +23,36 @@ def _divide_up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def flat_shape(elements: int, multiprocessors: int, room: int) -> tuple[tuple, tuple]:
-    """Grid and block for a grid-stride loop over `elements` in packs of 4: at most 4 waves of full occupancy."""
-    blocks = _divide_up(_divide_up(elements, 4), THREADS)
-    return (max(1, min(blocks, 4 * room * multiprocessors)),), (THREADS,)
+def flat_shape(elements: int, multiprocessors: int, room: int, packs: int = 1) -> tuple[tuple, tuple]:
+    """Grid and block for a grid-stride loop over `elements` in packs of 4, of which a thread loads `packs` at once.
+
+    Few elements are spread over all multiprocessors in smaller blocks. What one wave of full occupancy does not hold
+    with one pack per thread is done with `packs` per thread, in at most 16 waves: blocks that end leave their place to
+    others, which a loop would not, so that no multiprocessor has to wait for one that has more to do.
+    """
+    needed, threads = _divide_up(elements, 4), THREADS
+    while threads > LEAST_THREADS and _divide_up(needed, threads) < 4 * multiprocessors:
+        threads //= 2
+    blocks, wave = _divide_up(needed, threads), room * multiprocessors
+    return (max(1, min(blocks, max(wave, _divide_up(blocks, packs)), 16 * wave)),), (threads,)
 
 
 def tile_shape(B: int, N: int, multiprocessors: int) -> tuple[tuple, tuple]:
-    """Grid and block for column sums of (B, N), column tiles x row blocks: at most one wave, because one block more
-    would double the time; but every tile has a block."""
-    tiles = max(1, _divide_up(N, TILE_COLUMNS))
-    row_blocks = min(_divide_up(B, TILE_ROWS), TILE_BLOCKS * multiprocessors // tiles, _MAX_GRID_Y)
-    return (tiles, max(1, row_blocks)), (TILE_COLUMNS // 4, TILE_ROWS)
+    """Grid and block for column sums of (B, N): column tiles x row blocks; in a block packs of 4 columns x row groups.
+
+    Where rows are few, each block has all of them, and tiles are as narrow as two per multiprocessor allow; the
+    narrowest has the 32 bytes of a row that memory transfers at least. Otherwise tiles have up to 128 columns, and
+    partial sums of row blocks meet in the last one, which takes as long as three loads: at most one wave, because one
+    block more would double the time; but every tile has a block.
+    """
+    packs = max(1, _divide_up(N, 4))
+    width = next((w for w in TILE_WIDTHS if _divide_up(packs, w) <= 2 * multiprocessors), TILE_WIDTHS[-1])
+    if B <= ROWS_PER_THREAD * (THREADS // width):
+        return (_divide_up(packs, width), 1), (width, THREADS // width)
+    tiles = _divide_up(packs, TILE_WIDTHS[-1])
+    width = 2 * _divide_up(packs, 2 * tiles)
+    row_blocks = min(_divide_up(B, THREADS // width), TILE_BLOCKS * multiprocessors // tiles, _MAX_GRID_Y)
+    return (_divide_up(packs, width), max(1, row_blocks)), (width, THREADS // width)
 
 
 def softmax_items(C: int) -> int:
@@ -64,11 +85,11 @@ class Launches:
         self._device = device
         self.empty = device.empty
 
-    def _flat_shape(self, elements):
-        return flat_shape(elements, self._device.multiprocessors(), self._device.room())
+    def _flat_shape(self, elements, packs=1, blocks=8):
+        return flat_shape(elements, self._device.multiprocessors(), min(blocks, self._device.room()), packs)
 
     def bias_act(self, z, bias, activation, y):
-        grid, block = self._flat_shape(z.size)
+        grid, block = self._flat_shape(z.size, ROW_PACKS)
         args = z, bias, y, np.int64(z.shape[0]), np.int64(z.shape[1])
         self._device.function(f"bias_act_{activation}")(grid, block, args)
 
@@ -80,7 +101,7 @@ class Launches:
         self._device.function(f"bias_act_backward_{activation}")(
             grid, block,
             (dy, saved, _pointer(bias), _pointer(None if unchanged else dz), dbias, _pointer(partial),
-             self._device.counters(grid[0]), np.int64(B), np.int64(N)),
+             _pointer(self._device.counters(grid[0]) if grid[1] > 1 else None), np.int64(B), np.int64(N)),
         )  # fmt: skip
 
     def softmax_cross_entropy(self, logits, labels, C, scale, dlogits, loss, totals, confusion):
@@ -116,7 +137,7 @@ class Launches:
 
     def gather_batch(self, images, labels, numbers, index, offset, affine, x, y, side, mean, scale, noise_sigma, seed):
         (M, D), B = images.shape, x.shape[0]
-        grid, block = self._flat_shape(B * 4 * _divide_up(D, 4))
+        grid, block = self._flat_shape(B * 4 * _divide_up(D, 4), GATHER_WORDS, GATHER_BLOCKS)
         self._device.function("gather" if numbers is None else "gather_part")(
             grid, block,
             (images, labels, _pointer(numbers), index, _pointer(offset), _pointer(affine), x, y, np.int64(B),

@@ -33,9 +33,14 @@ def _representative():
         yield case("identity", 9, 11, in_place=True, offset=1)
         yield case("relu", 30, 41, multiprocessors=ONE_BLOCK)
         yield case("relu", 30, 40, multiprocessors=ONE_BLOCK)
-    yield bias_act_backward("relu", 70, 4, multiprocessors=4)  # the last block's threads add two partial sums
-    yield bias_act_backward("relu", 70, 300, multiprocessors=9, with_bias=True)  # in each of three column tiles
-    yield bias_act_backward("relu", 9, 127, multiprocessors=2, offset=1, with_bias=True)
+    # One phase up to 8 rows per thread, and one more, whose partial sums meet in the last block. Then more partial sums
+    # than row groups, in each of three column tiles, and without packs.
+    for rows, columns, multiprocessors in ((128, 65, 1), (129, 65, 1), (1024, 5, 1), (1025, 4, 1)):
+        yield bias_act_backward("relu", rows, columns, multiprocessors=multiprocessors, with_bias=True)
+    yield bias_act_backward("gelu", 520, 128, multiprocessors=4)
+    yield bias_act_backward("relu", 300, 300, multiprocessors=9, with_bias=True)
+    yield bias_act_backward("relu", 150, 127, multiprocessors=1, offset=1, with_bias=True)
+    yield bias_act("silu", 3, 1031, multiprocessors=ONE_BLOCK)  # two packs, one pack and none; then what is left
     for items in filter(None, ROW_BLOCKS):
         yield softmax_cross_entropy(2, 32 * items)
     for shape in ((2, 1025), (0, 5), (1, 1), (9, 5)):
@@ -60,6 +65,7 @@ def _representative():
     yield adam(6, settings="decoupled", step=1)
     yield sgd(37, settings="plain", velocity=False)
     yield sgd(6, settings="l2 without momentum", velocity=False, offset=1)
+    yield gather(9, 392, index="out of range", multiprocessors=ONE_BLOCK)  # more words than a thread loads at once
     yield from (gather(0, 5), gather(1, 1, images=1), gather(3, 16), gather(3, 16, offset=1), gather(3, 9))
     yield gather(40, 49, mean=0.25, scale=2.0, multiprocessors=ONE_BLOCK)
     for variant in ({"noise_sigma": 0.5}, {"affine": True}, {"noise_sigma": 0.5, "affine": True}):

@@ -7,7 +7,8 @@
 // SGD (torch.optim.SGD):  g <- g + wd p;  u <- mu u + g;  p <- p - lr u
 //
 // p, g, m, v: (P,) float32. Bytes per element: Adam reads 16 and writes 12; SGD with momentum reads 12
-// and writes 8. Launch: grid-stride, 256 threads, 16-byte accesses; no element depends on another.
+// and writes 8. Launch: grid-stride, 16-byte accesses; no element depends on another. What all elements share, from a
+// load of the learning rate to Adam's two powers, comes after a thread's first loads: it takes as long as they do.
 #pragma once
 #include "common.cuh"
 
@@ -48,26 +49,35 @@ DEVICE void sgd_element(float& p, float g, float& velocity, float lr, float mome
   p -= lr * velocity;
 }
 
-DEVICE void adam_range(Range range, float* p, const float* g, float* m, float* v, AdamConstants c) {
-  range.for_each(aligned16(p, g, m, v), [=](auto width, index_t i) {
+template <int W> struct AdamPack { Pack<W> p, g, m, v; };
+
+// `constants()` gives the AdamConstants, which on a GPU take as long as a load: so they are asked for after one.
+template <class Constants>
+DEVICE void adam_range(Range range, float* p, const float* g, float* m, float* v, Constants constants) {
+  const auto fetch = [=](auto width, index_t i) {
     constexpr int W = decltype(width)::value;
-    Pack<W> pp = load<W>(p + i), mm = load<W>(m + i), vv = load<W>(v + i);
-    const Pack<W> gg = load<W>(g + i);
-    UNROLL for (int k = 0; k < W; ++k) adam_element(pp[k], gg[k], mm[k], vv[k], c);
-    store(p + i, pp);
-    store(m + i, mm);
-    store(v + i, vv);
+    return AdamPack<W>{load<W>(p + i), load<W>(g + i), load<W>(m + i), load<W>(v + i)};
+  };
+  range.for_each(aligned16(p, g, m, v), fetch, constants, [=](auto width, index_t i, auto x, const auto& c) {
+    constexpr int W = decltype(width)::value;
+    UNROLL for (int k = 0; k < W; ++k) adam_element(x.p[k], x.g[k], x.m[k], x.v[k], c);
+    store(p + i, x.p);
+    store(m + i, x.m);
+    store(v + i, x.v);
   });
 }
 
-// `velocity` may be null where momentum is 0: it is then neither read nor written.
-DEVICE void sgd_range(Range range, float* p, const float* g, float* velocity, float lr, float momentum,
+// `velocity` may be null where momentum is 0: it is then neither read nor written. `rate()` gives the learning rate;
+// on a GPU it may be a load, so each pack's own loads come first.
+template <class Rate>
+DEVICE void sgd_range(Range range, float* p, const float* g, float* velocity, Rate rate, float momentum,
                       float weight_decay) {
   if (velocity) {
     range.for_each(aligned16(p, g, velocity), [=](auto width, index_t i) {
       constexpr int W = decltype(width)::value;
       Pack<W> pp = load<W>(p + i), uu = load<W>(velocity + i);
       const Pack<W> gg = load<W>(g + i);
+      const float lr = rate();
       UNROLL for (int k = 0; k < W; ++k) sgd_element(pp[k], gg[k], uu[k], lr, momentum, weight_decay);
       store(p + i, pp);
       store(velocity + i, uu);
@@ -77,6 +87,7 @@ DEVICE void sgd_range(Range range, float* p, const float* g, float* velocity, fl
       constexpr int W = decltype(width)::value;
       Pack<W> pp = load<W>(p + i);
       const Pack<W> gg = load<W>(g + i);
+      const float lr = rate();
       UNROLL for (int k = 0; k < W; ++k) {
         float fresh = 0.0f;
         sgd_element(pp[k], gg[k], fresh, lr, 0.0f, weight_decay);

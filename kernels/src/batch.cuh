@@ -12,8 +12,9 @@
 // An index outside [0, M) gives a NaN row and label -1.
 // With `offset`, one number on the device, the batch is index[offset : offset + B] instead of the whole index, so that
 // a captured launch goes on from step to step; a position outside the index is no image either. advance() moves it.
-// Bytes per element: 5. Launch: flat, grid-stride, one thread per 4 pixels; gather_part, with numbers, is a kernel of
-// its own, because it takes more registers.
+// Bytes per element: 5. Launch: flat, grid-stride, 4 pixels at a time; without warp and noise, and in whole words, a
+// thread has five such words under way, because it waits for the index before it can load any. gather_part, with
+// numbers, is a kernel of its own, because they take a register more.
 #pragma once
 #include "common.cuh"
 #include "random.cuh"
@@ -42,6 +43,9 @@ DEVICE float warped_pixel(const unsigned char* image, const float* a, int d, int
       pixel_or_zero(image, c, r + 1, side) * (1.0f - fx) + pixel_or_zero(image, c + 1, r + 1, side) * fx;
   return upper * (1.0f - fy) + lower * fy;
 }
+
+// Rounded before anything else is done, so that all ways to a pixel give the same bits.
+DEVICE float brightness(float pixel) { return rounded_product(pixel, 1.0f / 255.0f); }
 
 DEVICE float normalise(float p, const GatherSettings& s) { return (p - s.mean) * s.scale; }
 
@@ -72,7 +76,7 @@ DEVICE void gather_quad(const GatherSettings& s, const unsigned char* images, in
   Pack<4> p;
   UNROLL for (int k = 0; k < 4; ++k) {
     const int e = d + k < s.D ? d + k : s.D - 1;
-    p[k] = (affine ? warped_pixel(image, affine, e, s.side) : (float)image[e]) * (1.0f / 255.0f);
+    p[k] = brightness(affine ? warped_pixel(image, affine, e, s.side) : (float)image[e]);
   }
   if (s.noise_sigma != 0.0f) {
     const Normals n = normals(d / 4, (unsigned)(PART ? s.numbers[source] : source), s.seed_low, s.seed_high);
@@ -89,13 +93,52 @@ DEVICE int gather_label(const int* labels, index_t source, index_t M) {
 
 #ifdef __CUDACC__
 
+constexpr int WORDS_AT_ONCE = 5;
+
+// Images without warp and noise, 4 pixels a word. After the batch's words come its labels: they are words as well, and
+// take as long to get. The loads of WORDS_AT_ONCE words are under way together, each behind that of its index.
+DEVICE void gather_words(const GatherSettings& s, const unsigned char* images, const int* labels, const int* index,
+                         index_t begin, float* x, int* y, unsigned B, index_t N) {
+  const unsigned words = (unsigned)s.D / 4, pixels = B * words, all = pixels + B;
+  const unsigned thread = blockIdx.x * blockDim.x + threadIdx.x, threads = gridDim.x * blockDim.x;
+  ROLLED for (unsigned i = thread; i < all; i += WORDS_AT_ONCE * threads) {
+    int source[WORDS_AT_ONCE], place[WORDS_AT_ONCE], word[WORDS_AT_ONCE];  // place: within the image, -1 for a label
+    UNROLL for (int k = 0; k < WORDS_AT_ONCE; ++k) {
+      const unsigned q = i + k * threads;
+      const unsigned b = q < pixels ? q / words : q - pixels;
+      source[k] = q < all ? source_of(index, N, begin, b) : -1;
+      place[k] = q < pixels ? (int)(q - b * words) : -1;
+    }
+    UNROLL for (int k = 0; k < WORDS_AT_ONCE; ++k) {
+      if (!is_image(source[k], s.M)) source[k] = word[k] = -1;
+      else if (place[k] < 0) word[k] = labels[source[k]];
+      else word[k] = reinterpret_cast<const int*>(images)[source[k] * (index_t)words + place[k]];
+    }
+    UNROLL for (int k = 0; k < WORDS_AT_ONCE; ++k) {
+      const unsigned q = i + k * threads;
+      if (q < pixels) {
+        Pack<4> p;
+        UNROLL for (int b = 0; b < 4; ++b)
+          p[b] = source[k] >= 0 ? normalise(brightness(word[k] >> 8 * b & 255), s) : not_a_number();
+        store(x + 4 * (index_t)q, p);
+      } else if (q < all) {
+        y[q - pixels] = word[k];
+      }
+    }
+  }
+}
+
 template <bool PART>
 DEVICE void gather_grid(const GatherSettings& s, const unsigned char* images, const int* labels, const int* index,
                         const index_t* offset, const float* affine, float* x, int* y, index_t B, index_t N) {
   const index_t quads = (s.D + 3) / 4, total = B * quads;
+  if (!affine && s.noise_sigma == 0.0f && s.D % 4 == 0 && aligned16(images, x) && (total + B) >> 31 == 0) {
+    gather_words(s, images, labels, index, offset ? *offset : 0, x, y, (unsigned)B, N);
+    return;
+  }
   const index_t thread = blockIdx.x * (index_t)blockDim.x + threadIdx.x;
   for (index_t q = thread; q < total; q += gridDim.x * (index_t)blockDim.x) {
-    const index_t b = q / quads;
+    const index_t b = quotient(q, quads);
     const int d = 4 * (int)(q - b * quads);
     // Read for each quad: kept over the loop, the offset would take registers that warp and noise need.
     const int source = source_of(index, N, offset ? *offset : 0, b);
@@ -108,7 +151,7 @@ DEVICE void gather_grid(const GatherSettings& s, const unsigned char* images, co
 
 // The pixels [begin, begin + count) of one row without warp and noise: a loop that vectorises.
 DEVICE void gather_pixels(const GatherSettings& s, const unsigned char* image, float* out, int begin, int count) {
-  INDEPENDENT for (int d = 0; d < count; ++d) out[d] = normalise(image[begin + d] * (1.0f / 255.0f), s);
+  INDEPENDENT for (int d = 0; d < count; ++d) out[d] = normalise(brightness(image[begin + d]), s);
 }
 
 #endif

@@ -7,8 +7,9 @@
 // leaky_relu and identity saved = y serves as well, because y and u have the same sign.
 // z, dy, saved, y, dz: (B, N) float32; bias, dbias: (N,).
 // Bytes per element: forward 8; backward 12 (8 where dz is not wanted).
-// Launch: forward flat and grid-stride. Backward in tiles of 128 columns x as many row blocks as fill the
-// GPU, 32 x 8 threads, 4 columns per lane; rows cross blocks, so partial sums meet in the last block.
+// Launch: forward flat and grid-stride. Backward in tiles of columns, 4 columns and every so many rows per thread. Few
+// rows: tiles of 8 columns or more that have all rows, so that one block has a column's sum. Many rows: tiles of up to
+// 128 columns x as many row blocks as fill the GPU; partial sums of a column then meet in the last block.
 #pragma once
 #include "common.cuh"
 
@@ -65,9 +66,9 @@ struct GeluTanh {  // 0.5 (1 + tanh(a)) = sigmoid(2a): one exponential, and no c
 };
 
 template <class Act> DEVICE void bias_act_rows(Rows rows, const float* z, const float* bias, float* y) {
-  rows.for_each(aligned16(z, y), [=](auto width, index_t i, index_t j) {
+  const auto fetch = [=](auto width, auto i) { return load<decltype(width)::value>(z + i); };
+  rows.for_each(aligned16(z, y), fetch, [=](auto width, auto i, auto j, auto x) {
     constexpr int W = decltype(width)::value;
-    Pack<W> x = load<W>(z + i);
     UNROLL for (int k = 0; k < W; ++k) x[k] = Act::value(x[k] + bias[rows.wrap(j + k)]);
     store(y + i, x);
   });
@@ -80,73 +81,104 @@ template <class Act> DEVICE float bias_act_backward_element(float dy, float save
 
 #ifdef __CUDACC__
 
-constexpr int TILE_COLUMNS = 128, TILE_ROWS = 8;
+constexpr int TILE_THREADS = 256, ROWS_AT_ONCE = 3;
 
-// Adds the 8 row groups' sums of each of the tile's columns, in order, in the threads of the first group.
-DEVICE void add_row_groups(float (&sums)[TILE_ROWS][TILE_COLUMNS], float (&acc)[4], const int (&slot)[4]) {
-  UNROLL for (int k = 0; k < 4; ++k) sums[threadIdx.y][slot[k]] = acc[k];
-  __syncthreads();
-  if (threadIdx.y == 0) {
-    UNROLL for (int k = 0; k < 4; ++k) {
-      acc[k] = 0.0f;
-      UNROLL for (int g = 0; g < TILE_ROWS; ++g) acc[k] += sums[g][slot[k]];
-    }
-  }
-  __syncthreads();
+// A block has 4 blockDim.x columns, 4 per thread, and blockDim.y row groups, each with every blockDim.y-th row.
+// Without packs a thread's columns lie blockDim.x apart, so that neighbouring threads read neighbouring elements.
+template <bool VECTOR> DEVICE int tile_column(int k) {
+  return VECTOR ? 4 * threadIdx.x + k : threadIdx.x + blockDim.x * k;
 }
 
-// partial: (gridDim.y, N) floats of scratch; counters: gridDim.x zeros. dz may be null or equal dy.
+// This thread's share of a block's `rows` rows, of which `row` is the first element: dz, and into acc the sums of its
+// columns. The loads of ROWS_AT_ONCE rows come before the first store; see Range.
+template <class Act, bool VECTOR>
+DEVICE void bias_act_backward_rows(const float* dy, const float* saved, const float* bias, float* dz, float (&acc)[4],
+                                   unsigned rows, index_t row, index_t first, index_t N) {
+  constexpr int W = VECTOR ? 4 : 1, PACKS = 4 / W, ROWS = VECTOR ? ROWS_AT_ONCE : 1;
+  const index_t step = blockDim.y * N;
+  float shift[4];
+  bool exists[PACKS];
+  UNROLL for (int k = 0; k < 4; ++k) {
+    const index_t j = first + tile_column<VECTOR>(k);
+    exists[k / W] = j < N;
+    shift[k] = bias && j < N ? bias[j] : 0.0f;
+  }
+  if (!exists[0]) return;  // where a thread's first column does not exist, no other does
+  row += threadIdx.y * N + first;
+  ROLLED for (unsigned r = threadIdx.y; r < rows; r += ROWS * blockDim.y, row += ROWS * step) {
+    Pack<W> g[ROWS][PACKS], s[ROWS][PACKS];
+    UNROLL for (int n = 0; n < ROWS; ++n) {
+      UNROLL for (int k = 0; k < PACKS; ++k) {
+        if (r + n * blockDim.y >= rows || !exists[k]) continue;
+        const index_t i = row + n * step + tile_column<VECTOR>(W * k);
+        g[n][k] = load<W>(dy + i);
+        s[n][k] = load<W>(saved + i);
+      }
+    }
+    UNROLL for (int n = 0; n < ROWS; ++n) {
+      UNROLL for (int k = 0; k < PACKS; ++k) {
+        if (r + n * blockDim.y >= rows || !exists[k]) continue;
+        UNROLL for (int w = 0; w < W; ++w) {
+          float& x = g[n][k][w];
+          x = bias_act_backward_element<Act>(x, s[n][k][w], shift[W * k + w]);
+          acc[W * k + w] += x;
+        }
+        if (dz) store(dz + row + n * step + tile_column<VECTOR>(W * k), g[n][k]);
+      }
+    }
+  }
+}
+
+// Adds the row groups' sums, in a fixed order, into those of group 0: of up to 8 groups at a time, because one thread
+// that adds 128 numbers makes all the others wait.
+DEVICE void add_row_groups(float (&sums)[4][TILE_THREADS], float (&acc)[4]) {
+  const int place = threadIdx.y * blockDim.x + threadIdx.x;
+  ROLLED for (int groups = blockDim.y; groups > 1;) {
+    const int left = (groups + 7) / 8;
+    UNROLL for (int k = 0; k < 4; ++k) sums[k][place] = acc[k];
+    __syncthreads();
+    if (threadIdx.y < left) {
+      UNROLL for (int more = 1; more < 8; ++more) {
+        if (threadIdx.y + more * left >= groups) continue;
+        UNROLL for (int k = 0; k < 4; ++k) acc[k] += sums[k][place + more * left * (int)blockDim.x];
+      }
+    }
+    __syncthreads();
+    groups = left;
+  }
+}
+
+// partial: (gridDim.y, N) floats of scratch, and counters: gridDim.x zeros, where gridDim.y > 1. dz may be null or dy.
 template <class Act>
 DEVICE void bias_act_backward_block(const float* dy, const float* saved, const float* bias, float* dz,
                                     float* dbias, float* partial, unsigned* counters, index_t B, index_t N) {
-  __shared__ float sums[TILE_ROWS][TILE_COLUMNS];
-  const index_t first = blockIdx.x * (index_t)TILE_COLUMNS;
+  __shared__ float sums[4][TILE_THREADS];
+  const index_t first = blockIdx.x * (index_t)(4 * blockDim.x);
   const bool vector = N % 4 == 0 && aligned16(dy, saved, dz);
-  float shift[4], acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  int slot[4];  // this lane's columns within the tile: neighbours where packs are used, else strided
-  UNROLL for (int k = 0; k < 4; ++k) {
-    slot[k] = vector ? 4 * threadIdx.x + k : threadIdx.x + TILE_COLUMNS / 4 * k;
-    shift[k] = bias && first + slot[k] < N ? bias[first + slot[k]] : 0.0f;
-  }
-  const index_t rows_per_block = (B + gridDim.y - 1) / gridDim.y;
+  const index_t rows_per_block = quotient(B + gridDim.y - 1, gridDim.y);
   const index_t begin = blockIdx.y * rows_per_block;
-  const index_t end = begin + rows_per_block < B ? begin + rows_per_block : B;
-  ROLLED for (index_t r = begin + threadIdx.y; r < end; r += TILE_ROWS) {
-    const index_t row = r * N + first;
-    if (vector) {
-      if (first + slot[0] < N) {
-        Pack<4> g = load<4>(dy + row + slot[0]);
-        const Pack<4> s = load<4>(saved + row + slot[0]);
-        UNROLL for (int k = 0; k < 4; ++k) {
-          g[k] = bias_act_backward_element<Act>(g[k], s[k], shift[k]);
-          acc[k] += g[k];
-        }
-        if (dz) store(dz + row + slot[0], g);
-      }
-    } else {
-      UNROLL for (int k = 0; k < 4; ++k) {
-        if (first + slot[k] < N) {
-          const float g = bias_act_backward_element<Act>(dy[row + slot[k]], saved[row + slot[k]], shift[k]);
-          acc[k] += g;
-          if (dz) dz[row + slot[k]] = g;
-        }
-      }
-    }
+  const index_t left = B - begin, rows = left < rows_per_block ? left : rows_per_block;  // maybe none
+  float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  if (rows > 0) {  // and always less than 2^32, because no memory holds as many for each block
+    if (vector) bias_act_backward_rows<Act, true>(dy, saved, bias, dz, acc, (unsigned)rows, begin * N, first, N);
+    else bias_act_backward_rows<Act, false>(dy, saved, bias, dz, acc, (unsigned)rows, begin * N, first, N);
   }
-  add_row_groups(sums, acc, slot);
+  add_row_groups(sums, acc);
+  index_t column[4];
+  UNROLL for (int k = 0; k < 4; ++k) column[k] = first + (vector ? tile_column<true>(k) : tile_column<false>(k));
   float* const out = gridDim.y == 1 ? dbias : partial + blockIdx.y * N;
   if (threadIdx.y == 0) {
-    UNROLL for (int k = 0; k < 4; ++k) if (first + slot[k] < N) out[first + slot[k]] = acc[k];
+    UNROLL for (int k = 0; k < 4; ++k) if (column[k] < N) out[column[k]] = acc[k];
   }
   if (gridDim.y == 1 || !is_last_block(counters + blockIdx.x, gridDim.y)) return;
   UNROLL for (int k = 0; k < 4; ++k) {
     acc[k] = 0.0f;
-    if (first + slot[k] < N)
-      for (unsigned b = threadIdx.y; b < gridDim.y; b += TILE_ROWS) acc[k] += __ldcg(partial + b * N + first + slot[k]);
+    if (column[k] < N)
+      for (unsigned b = threadIdx.y; b < gridDim.y; b += blockDim.y) acc[k] += __ldcg(partial + b * N + column[k]);
   }
-  add_row_groups(sums, acc, slot);
+  add_row_groups(sums, acc);
   if (threadIdx.y == 0) {
-    UNROLL for (int k = 0; k < 4; ++k) if (first + slot[k] < N) dbias[first + slot[k]] = acc[k];
+    UNROLL for (int k = 0; k < 4; ++k) if (column[k] < N) dbias[column[k]] = acc[k];
   }
 }
 

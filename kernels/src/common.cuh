@@ -58,6 +58,7 @@ template <int W> DEVICE void store(float* p, const Pack<W>& x) {
 DEVICE float infinity() { return __int_as_float(0x7f800000); }
 DEVICE float not_a_number() { return __int_as_float(0x7fffffff); }
 DEVICE unsigned float_bits(float x) { return (unsigned)__float_as_int(x); }
+DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }  // never a part of a fused multiply-add
 DEVICE void add_one(unsigned long long* count) { atomicAdd(count, 1ull); }
 DEVICE float exponential(float x) { return expf(x); }
 DEVICE float error_function(float x) { return erff(x); }
@@ -119,11 +120,34 @@ struct Group {
   DEVICE static void sync() { __syncwarp(); }
 };
 
+// a / b and a % b for a >= 0, b > 0: in 32 bits where both numbers fit, which is the rule. In 64 bits a division is a
+// subroutine that takes longer than a load from memory.
+DEVICE index_t quotient(index_t a, index_t b) { return (a | b) >> 32 ? a / b : (unsigned)a / (unsigned)b; }
+DEVICE index_t remainder_of(index_t a, index_t b) { return (a | b) >> 32 ? a % b : (unsigned)a % (unsigned)b; }
+
 // The elements [0, n) of flat arrays that belong to this thread: f(Width<W>, i), W elements from i on.
 // `vector` says that every array starts on 16 bytes. The loops stay rolled: outputs may be inputs, so no load can
 // move before the store of the iteration ahead of it, and unrolling would buy nothing for its registers.
 struct Range {
   index_t n;
+  // f(Width<W>, i, fetch(Width<W>, i), prepare()): the first loads are on their way while `prepare` computes.
+  template <class Fetch, class Prepare, class F>
+  DEVICE void for_each(bool vector, Fetch fetch, Prepare prepare, F f) const {
+    const index_t thread = blockIdx.x * (index_t)blockDim.x + threadIdx.x;
+    const index_t threads = gridDim.x * (index_t)blockDim.x;
+    const index_t packed = vector ? n / 4 : 0;
+    index_t q = thread;
+    decltype(fetch(Width<4>{}, q)) fetched{};
+    if (q < packed) fetched = fetch(Width<4>{}, 4 * q);
+    const auto prepared = prepare();
+    ROLLED while (q < packed) {
+      f(Width<4>{}, 4 * q, fetched, prepared);
+      q += threads;
+      if (q < packed) fetched = fetch(Width<4>{}, 4 * q);
+    }
+    ROLLED for (index_t i = 4 * packed + thread; i < n; i += threads)
+      f(Width<1>{}, i, fetch(Width<1>{}, i), prepared);
+  }
   template <class F> DEVICE void for_each(bool vector, F f) const {
     const index_t thread = blockIdx.x * (index_t)blockDim.x + threadIdx.x;
     const index_t threads = gridDim.x * (index_t)blockDim.x;
@@ -134,27 +158,26 @@ struct Range {
 };
 
 // The elements of a C-contiguous (rows, columns) array, flat, with the column of the first one:
-// f(Width<W>, i, j). A pack may wrap into the next row; wrap(j + k) is then its k-th column.
-// The column is carried along instead of divided out: 64-bit division costs more than the memory access.
+// f(Width<W>, i, j, fetch(Width<W>, i)). A pack may wrap into the next row; wrap(j + k) is then its k-th column.
+// Two packs are fetched before f stores the first; see Range. From 2^31 elements on there are no packs, because 64-bit
+// indices of two would take more registers than there are.
 struct Rows {
   index_t rows, columns;
-  DEVICE index_t wrap(index_t j) const { return j < columns ? j : j - columns; }
-  template <class F> DEVICE void for_each(bool vector, F f) const {
+  template <class I> DEVICE I wrap(I j) const { return j < (I)columns ? j : j - (I)columns; }
+  template <class Fetch, class F> DEVICE void for_each(bool vector, Fetch fetch, F f) const {
     const index_t n = rows * columns;
-    if (n == 0) return;  // without this line NVRTC 12.9 spills in gelu on 9.0
-    const index_t thread = blockIdx.x * (index_t)blockDim.x + threadIdx.x;
-    const index_t threads = gridDim.x * (index_t)blockDim.x;
-    index_t i = thread;
-    if (vector && columns >= 4) {
-      const index_t hop = 4 * threads % columns;
-      index_t j = 4 * thread % columns;
-      ROLLED for (index_t p = 4 * thread; p < n - 3; p += 4 * threads) {
-        f(Width<4>{}, p, j);
-        j = wrap(j + hop);
-      }
-      i += n / 4 * 4;
+    const unsigned thread = blockIdx.x * blockDim.x + threadIdx.x, threads = gridDim.x * blockDim.x;
+    const unsigned width = (unsigned)columns;
+    const unsigned packed = vector && columns >= 4 && n >> 31 == 0 ? (unsigned)n / 4 : 0;
+    ROLLED for (unsigned q = thread; q < packed; q += 2 * threads) {
+      const unsigned i = 4 * q, next = i + 4 * threads;
+      const bool two = q + threads < packed;
+      const auto x = fetch(Width<4>{}, i), y = fetch(Width<4>{}, two ? next : i);
+      f(Width<4>{}, i, i % width, x);
+      if (two) f(Width<4>{}, next, next % width, y);
     }
-    ROLLED for (; i < n; i += threads) f(Width<1>{}, i, i % columns);
+    ROLLED for (index_t i = 4 * (index_t)packed + thread; i < n; i += threads)
+      f(Width<1>{}, i, remainder_of(i, columns), fetch(Width<1>{}, i));
   }
 };
 

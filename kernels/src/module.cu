@@ -58,14 +58,15 @@ SOFTMAX_XENT(32, 3)
 KERNEL(4) adam(float* p, const float* g, float* m, float* v, index_t n, float step, const float* step_pointer,
                float lr, const float* lr_pointer, float complement1, float complement2, float eps,
                float weight_decay, int decoupled) {
-  const AdamConstants c = adam_constants(step_pointer ? *step_pointer : step, lr_pointer ? *lr_pointer : lr,
-                                         complement1, complement2, eps, weight_decay, decoupled);
-  adam_range(Range{n}, p, g, m, v, c);
+  adam_range(Range{n}, p, g, m, v, [=] {
+    return adam_constants(step_pointer ? *step_pointer : step, lr_pointer ? *lr_pointer : lr, complement1,
+                          complement2, eps, weight_decay, decoupled);
+  });
 }
 
-KERNEL(8) sgd(float* p, const float* g, float* velocity, index_t n, float lr, const float* lr_pointer,
+KERNEL(6) sgd(float* p, const float* g, float* velocity, index_t n, float lr, const float* lr_pointer,
               float momentum, float weight_decay) {
-  sgd_range(Range{n}, p, g, velocity, lr_pointer ? *lr_pointer : lr, momentum, weight_decay);
+  sgd_range(Range{n}, p, g, velocity, [=] { return lr_pointer ? *lr_pointer : lr; }, momentum, weight_decay);
 }
 
 #define GATHER(name, PART, blocks)                                                                            \
@@ -77,7 +78,7 @@ KERNEL(8) sgd(float* p, const float* g, float* velocity, index_t n, float lr, co
                       index, offset, affine, x, y, B, N);                                                     \
   }
 
-GATHER(gather, false, 8)
+GATHER(gather, false, 6)
 GATHER(gather_part, true, 6)
 
 KERNEL(8) shuffle(const int* index, int* out, index_t N, unsigned seed_low, unsigned seed_high, unsigned epoch) {

@@ -120,7 +120,7 @@ EXPORT void adam(float* p, const float* g, float* m, float* v, index_t n, float 
   const AdamConstants c = adam_constants(step, lr, complement1, complement2, eps, weight_decay, decoupled);
   over_elements(n, 0.6, [=](Range range) {
     update_streamed(p, range.begin, range.end, [=](float* block, index_t i, index_t count) {
-      adam_range(Range{0, count}, block, g + i, m + i, v + i, c);
+      adam_range(Range{0, count}, block, g + i, m + i, v + i, [&] { return c; });
     });
   });
 }
@@ -129,7 +129,8 @@ EXPORT void sgd(float* p, const float* g, float* velocity, index_t n, float lr, 
                 float weight_decay) {
   over_elements(n, 0.4, [=](Range range) {
     update_streamed(p, range.begin, range.end, [=](float* block, index_t i, index_t count) {
-      sgd_range(Range{0, count}, block, g + i, velocity ? velocity + i : nullptr, lr, momentum, weight_decay);
+      sgd_range(Range{0, count}, block, g + i, velocity ? velocity + i : nullptr, [=] { return lr; }, momentum,
+                weight_decay);
     });
   });
 }

@@ -171,6 +171,7 @@ inline float __int_as_float(int x) { return simt::from_bits<float>((std::uint32_
 inline int __float_as_int(float x) { return simt::from_bits<int>(simt::to_bits(x)); }
 inline float __uint_as_float(unsigned x) { return simt::from_bits<float>(x); }
 inline unsigned __float_as_uint(float x) { return simt::from_bits<unsigned>(simt::to_bits(x)); }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline float cospif(float x) { return (float)std::cos(3.14159265358979323846 * x); }
 inline float sinpif(float x) { return (float)std::sin(3.14159265358979323846 * x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }

@@ -19,6 +19,7 @@ template <class... P> DEVICE bool aligned16(const P*...) { return true; }
 
 DEVICE float infinity() { return HUGE_VALF; }
 DEVICE float not_a_number() { return NAN; }
+DEVICE float rounded_product(float a, float b) { return a * b; }
 DEVICE void add_one(unsigned long long* count) { __atomic_fetch_add(count, 1ull, __ATOMIC_RELAXED); }
 DEVICE unsigned float_bits(float x) {
   unsigned bits;
@@ -130,6 +131,11 @@ struct Group {
 // This worker's elements [begin, end) of flat arrays.
 struct Range {
   index_t begin, end;
+  template <class Fetch, class Prepare, class F>
+  DEVICE void for_each(bool, Fetch fetch, Prepare prepare, F f) const {
+    const auto prepared = prepare();
+    INDEPENDENT for (index_t i = begin; i < end; ++i) f(Width<1>{}, i, fetch(Width<1>{}, i), prepared);
+  }
   template <class F> DEVICE void for_each(bool, F f) const {
     INDEPENDENT for (index_t i = begin; i < end; ++i) f(Width<1>{}, i);
   }
@@ -143,5 +149,8 @@ struct Rows {
     for (index_t r = begin; r < end; ++r) {
       INDEPENDENT for (index_t j = 0; j < columns; ++j) f(Width<1>{}, r * columns + j, j);
     }
+  }
+  template <class Fetch, class F> DEVICE void for_each(bool vector, Fetch fetch, F f) const {
+    for_each(vector, [=](auto width, index_t i, index_t j) { f(width, i, j, fetch(width, i)); });
   }
 };
