@@ -38,6 +38,7 @@ def _representative():
     for rows, columns, multiprocessors in ((128, 65, 1), (129, 65, 1), (1024, 5, 1), (1025, 4, 1)):
         yield bias_act_backward("relu", rows, columns, multiprocessors=multiprocessors, with_bias=True)
     yield bias_act_backward("gelu", 520, 128, multiprocessors=4)
+    yield bias_act_backward("relu", 1025, 128, multiprocessors=25)  # 100 row blocks, of which 6 have no row
     yield bias_act_backward("relu", 300, 300, multiprocessors=9, with_bias=True)
     yield bias_act_backward("relu", 150, 127, multiprocessors=1, offset=1, with_bias=True)
     yield bias_act("silu", 3, 1031, multiprocessors=ONE_BLOCK)  # two packs, one pack and none; then what is left
