@@ -14,7 +14,7 @@ ROW_PACKS, GATHER_WORDS = 2, 5  # that a thread of bias_act and of gather loads 
 TILE_WIDTHS = (2, 4, 8, 16, 32)  # packs of 4 columns that a block of bias_act_backward has
 ROWS_PER_THREAD = 8  # of bias_act_backward at most, where each block has all rows
 # Blocks that a multiprocessor with room for them holds at once: module.cu keeps the registers within what they leave.
-TILE_BLOCKS, GATHER_BLOCKS = 4, 6
+TILE_BLOCKS, ROWS_BLOCKS, GATHER_BLOCKS = 4, 6, 6
 ROW_BLOCKS = {1: 8, 2: 8, 4: 8, 8: 6, 16: 4, 32: 3, 0: 8}  # softmax_xent_<n>: up to 32 n classes in registers; 0: any
 _MAX_GRID_Y = 65535
 
@@ -89,7 +89,7 @@ class Launches:
         return flat_shape(elements, self._device.multiprocessors(), min(blocks, self._device.room()), packs)
 
     def bias_act(self, z, bias, activation, y):
-        grid, block = self._flat_shape(z.size, ROW_PACKS)
+        grid, block = self._flat_shape(z.size, ROW_PACKS, ROWS_BLOCKS)
         args = z, bias, y, np.int64(z.shape[0]), np.int64(z.shape[1])
         self._device.function(f"bias_act_{activation}")(grid, block, args)
 

@@ -116,5 +116,6 @@ def test_the_numbers_shared_with_the_sources_agree():
     assert f"XENT_THREADS = {launches.THREADS};" in text
     assert f"__launch_bounds__({launches.THREADS}, " in text
     assert f"KERNEL({launches.TILE_BLOCKS}) bias_act_backward_" in text
+    assert f"KERNEL({launches.ROWS_BLOCKS}) bias_act_##name" in text
     rows = re.findall(r"^SOFTMAX_XENT\((\d+), (\d+)\)", text, re.MULTILINE)
     assert {int(items): int(blocks) for items, blocks in rows} == launches.ROW_BLOCKS

@@ -67,9 +67,15 @@ struct GeluTanh {  // 0.5 (1 + tanh(a)) = sigmoid(2a): one exponential, and no c
 
 template <class Act> DEVICE void bias_act_rows(Rows rows, const float* z, const float* bias, float* y) {
   const auto fetch = [=](auto width, auto i) { return load<decltype(width)::value>(z + i); };
+  const bool whole = rows.columns % 4 == 0 && aligned16(bias);  // packs of a row, which do not wrap
   rows.for_each(aligned16(z, y), fetch, [=](auto width, auto i, auto j, auto x) {
     constexpr int W = decltype(width)::value;
-    UNROLL for (int k = 0; k < W; ++k) x[k] = Act::value(x[k] + bias[rows.wrap(j + k)]);
+    if (W == 4 && whole) {
+      const Pack<W> shift = load<W>(bias + j);
+      UNROLL for (int k = 0; k < W; ++k) x[k] = Act::value(x[k] + shift[k]);
+    } else {
+      UNROLL for (int k = 0; k < W; ++k) x[k] = Act::value(x[k] + bias[rows.wrap(j + k)]);
+    }
     store(y + i, x);
   });
 }
@@ -81,7 +87,7 @@ template <class Act> DEVICE float bias_act_backward_element(float dy, float save
 
 #ifdef __CUDACC__
 
-constexpr int TILE_THREADS = 256, ROWS_AT_ONCE = 3;
+constexpr int TILE_THREADS = 256, ROWS_AT_ONCE = 3, PARTS_AT_ONCE = 4;
 
 // A block has 4 blockDim.x columns, 4 per thread, and blockDim.y row groups, each with every blockDim.y-th row.
 // Without packs a thread's columns lie blockDim.x apart, so that neighbouring threads read neighbouring elements.
@@ -148,6 +154,28 @@ DEVICE void add_row_groups(float (&sums)[4][TILE_THREADS], float (&acc)[4]) {
   }
 }
 
+// This row group's share of the row blocks' sums, in acc. Loads of PARTS_AT_ONCE blocks are on their way together,
+// because nobody else is left to hide how long they take.
+template <bool VECTOR>
+DEVICE void add_row_blocks(const float* partial, index_t first, index_t N, float (&acc)[4]) {
+  constexpr int W = VECTOR ? 4 : 1, PACKS = 4 / W, PARTS = VECTOR ? PARTS_AT_ONCE : 1;
+  const index_t step = blockDim.y * N;
+  const float* from = partial + threadIdx.y * N + first;
+  UNROLL for (int k = 0; k < 4; ++k) acc[k] = 0.0f;
+  ROLLED for (unsigned b = threadIdx.y; b < gridDim.y; b += PARTS * blockDim.y, from += PARTS * step) {
+    Pack<W> part[PARTS][PACKS] = {};
+    UNROLL for (int n = 0; n < PARTS; ++n) {
+      UNROLL for (int k = 0; k < PACKS; ++k) {
+        const int j = tile_column<VECTOR>(W * k);
+        if (b + n * blockDim.y < gridDim.y && first + j < N) part[n][k] = load_past_l1<W>(from + n * step + j);
+      }
+    }
+    UNROLL for (int n = 0; n < PARTS; ++n) {
+      UNROLL for (int k = 0; k < 4; ++k) acc[k] += part[n][k / W][k % W];
+    }
+  }
+}
+
 // partial: (gridDim.y, N) floats of scratch, and counters: gridDim.x zeros, where gridDim.y > 1. dz may be null or dy.
 template <class Act>
 DEVICE void bias_act_backward_block(const float* dy, const float* saved, const float* bias, float* dz,
@@ -171,11 +199,8 @@ DEVICE void bias_act_backward_block(const float* dy, const float* saved, const f
     UNROLL for (int k = 0; k < 4; ++k) if (column[k] < N) out[column[k]] = acc[k];
   }
   if (gridDim.y == 1 || !is_last_block(counters + blockIdx.x, gridDim.y)) return;
-  UNROLL for (int k = 0; k < 4; ++k) {
-    acc[k] = 0.0f;
-    if (column[k] < N)
-      for (unsigned b = threadIdx.y; b < gridDim.y; b += blockDim.y) acc[k] += __ldcg(partial + b * N + column[k]);
-  }
+  if (vector) add_row_blocks<true>(partial, first, N, acc);
+  else add_row_blocks<false>(partial, first, N, acc);
   add_row_groups(sums, acc);
   if (threadIdx.y == 0) {
     UNROLL for (int k = 0; k < 4; ++k) if (column[k] < N) dbias[column[k]] = acc[k];

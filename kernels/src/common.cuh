@@ -47,6 +47,18 @@ template <int W> DEVICE Pack<W> load(const float* p) {
   return r;
 }
 
+// What other blocks of the launch have written: past the multiprocessor's own cache, which may hold what was there before.
+template <int W> DEVICE Pack<W> load_past_l1(const float* p) {
+  if constexpr (W == 4) {
+    const float4 q = __ldcg(reinterpret_cast<const float4*>(p));
+    return {{q.x, q.y, q.z, q.w}};
+  } else {
+    Pack<W> r;
+    UNROLL for (int k = 0; k < W; ++k) r.v[k] = __ldcg(p + k);
+    return r;
+  }
+}
+
 template <int W> DEVICE void store(float* p, const Pack<W>& x) {
   if constexpr (W == 4) {
     *reinterpret_cast<float4*>(p) = make_float4(x.v[0], x.v[1], x.v[2], x.v[3]);
@@ -95,7 +107,7 @@ struct Group {
   }
   template <int ITEMS, class F> DEVICE static bool any(int C, F f) {
     bool x = false;
-    for_each<ITEMS>(C, [&](int k, int j) { x = x || f(k, j); });
+    for_each<ITEMS>(C, [&](int k, int j) { x |= f(k, j); });
     return __any_sync(0xffffffffu, x);
   }
   template <int ITEMS, class F> DEVICE static float at(int C, int j, F f) {  // of column j, for every lane
@@ -181,17 +193,28 @@ struct Rows {
   }
 };
 
+#ifndef __SIMT__  // there, host/simt_ptx.h has it
+
+// Adds to a counter, and returns what it was; acquires and releases for all threads of the GPU (PTX ISA: "atom"). Two
+// __threadfence() around an atomicAdd() would be sequentially consistent, which nobody needs, and slower.
+DEVICE unsigned atom_add_acq_rel(unsigned* counter, unsigned x) {
+  unsigned old;
+  asm volatile("atom.acq_rel.gpu.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(x) : "memory");
+  return old;
+}
+
+#endif
+
 // Cross-block reductions without float atomics: each block leaves its partial result in global
 // memory, and the block that arrives last adds them all, always in the same order. The counter is
-// zero before the launch and zero again after it. Pattern: CUDA sample threadFenceReduction. The fences are
-// those of the one thread that speaks for its block: the barriers order them with the other threads' accesses.
+// zero before the launch and zero again after it. Pattern: CUDA sample threadFenceReduction, with the addition in the
+// place of its fences: it releases what the block has written and acquires what the others have. It is that of the one
+// thread that speaks for its block: the barriers order it with the other threads' accesses.
 DEVICE bool is_last_block(unsigned* counter, unsigned blocks) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0 && threadIdx.y == 0) {
-    __threadfence();
-    last = atomicAdd(counter, 1u) == blocks - 1;
-    __threadfence();
+    last = atom_add_acq_rel(counter, 1u) == blocks - 1;
     if (last) *counter = 0;
   }
   __syncthreads();

@@ -11,11 +11,9 @@
 // tiles are large only where those fill the GPU, and where not even the small ones do, several blocks share a tile's K.
 // Each leaves its sums in memory, and the last to arrive adds them, always in the same order.
 //
-// Shared memory holds as many tiles of A and B as fit 96 KiB, two or three: one at work, the others on their way by
-// cp.async, and a barrier per tile. Few warps share a multiprocessor here, so nothing hides what a tile costs beside its
-// multiplications (on an H100 some 700 clocks for the barrier, the addresses and the first fragments, against 256 for the
-// multiplications of 32 of k): hence 64 of k in a tile. The factors stay float32 up to the registers, where they are
-// rounded: an array in another precision would have to be written and read once more.
+// Shared memory holds as many tiles of A and B as fit 96 KiB, five or six: one at work, the others on their way by
+// cp.async, and a barrier per tile. The factors stay float32 up to the registers, where they are rounded: an array in
+// another precision would have to be written and read once more.
 #pragma once
 #include "gemm_operand.cuh"
 
@@ -38,7 +36,7 @@ DEVICE float* dynamic_shared() {
 // BLOCKS of 16 rows.
 template <class Precision, bool A_K_RUNS, bool B_K_RUNS, int ROWS> struct Product {
   static constexpr int GROUPS = 128 / ROWS, BLOCKS = 2 / GROUPS, WARPS = 8 / GROUPS;
-  static constexpr int PART = 32, DEPTH = PART * GROUPS;  // of k: a group's part of a tile, and all of them
+  static constexpr int PART = 16, DEPTH = PART * GROUPS;  // of k: a group's part of a tile, and all of them
   static constexpr int PAIRS = 8 * BLOCKS;
   typedef Operand<Precision, true, A_K_RUNS, ROWS, DEPTH> A;
   typedef Operand<Precision, false, B_K_RUNS, GEMM_COLUMNS, DEPTH> B;

@@ -21,7 +21,7 @@
 #define KERNEL(blocks) extern "C" __global__ void __launch_bounds__(256, blocks < ROOM ? blocks : ROOM)
 
 #define BIAS_ACT(name, Act)                                                                                   \
-  KERNEL(8) bias_act_##name(const float* z, const float* bias, float* y, index_t B, index_t N) {              \
+  KERNEL(6) bias_act_##name(const float* z, const float* bias, float* y, index_t B, index_t N) {              \
     bias_act_rows<Act>(Rows{B, N}, z, bias, y);                                                               \
   }                                                                                                           \
   KERNEL(4) bias_act_backward_##name(const float* dy, const float* saved, const float* bias, float* dz,       \

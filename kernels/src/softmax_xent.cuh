@@ -15,17 +15,22 @@
 #pragma once
 #include "common.cuh"
 
-// Where a group keeps its row between the passes over it: this lane's columns in registers ...
+// Where a group keeps its row between the passes over it: this lane's columns in registers, first the logits and then
+// their exponentials. All loads are on their way at once, and none waits for the label ...
 template <int ITEMS> struct InRegisters {
   static constexpr int items = ITEMS;
   float v[ITEMS];
+  DEVICE void fetch(const float* x, int C) { Group::for_each<ITEMS>(C, [&](int k, int j) { v[k] = x[j]; }); }
+  DEVICE float logit(const float*, int k, int) const { return v[k]; }
   DEVICE float& at(int k, int) { return v[k]; }
 };
 
-// ... or the output row itself.
+// ... or the exponentials in the output row itself.
 struct InMemory {
   static constexpr int items = 0;
   float* row;
+  DEVICE void fetch(const float*, int) {}
+  DEVICE float logit(const float* x, int, int j) const { return x[j]; }
   DEVICE float& at(int, int j) { return row[j]; }
 };
 
@@ -38,12 +43,13 @@ template <class Row>
 DEVICE RowResult softmax_xent_row(Row row, const float* x, float* dx, int C, int label, float scale) {
   constexpr int K = Row::items;
   const bool valid = label >= 0 && label < C;
-  const float own = valid ? Group::at<K>(C, label, [&](int, int j) { return x[j]; }) : not_a_number();
-  const float largest = Group::max<K>(C, [&](int, int j) { return x[j]; });
-  const bool beaten = Group::any<K>(C, [&](int, int j) { return x[j] == largest && j < label; });
+  row.fetch(x, C);
+  const float largest = Group::max<K>(C, [&](int k, int j) { return row.logit(x, k, j); });
+  const float own = valid ? Group::at<K>(C, label, [&](int k, int j) { return row.logit(x, k, j); }) : not_a_number();
+  const bool beaten = Group::any<K>(C, [&](int k, int j) { return row.logit(x, k, j) == largest && j < label; });
   Group::sync();  // dx may be x, and another lane writes where `own` was read
 
-  Group::for_each<K>(C, [&](int k, int j) { row.at(k, j) = exponential(x[j] - largest); });
+  Group::for_each<K>(C, [&](int k, int j) { row.at(k, j) = exponential(row.logit(x, k, j) - largest); });
   const float total = Group::sum<K>(C, [&](int k, int j) { return row.at(k, j); });
   const float loss = logf(total) + (largest - own);
   const float factor = valid ? scale / total : not_a_number();

@@ -1,4 +1,4 @@
-// The instructions of mma.cuh for simt.h, written from the PTX ISA and not from the kernels that use them.
+// The instructions of mma.cuh and common.cuh for simt.h, written from the PTX ISA and not from the kernels that use them.
 //
 // What it models
 //   cp.async: from its start until the wait that covers it, `to` holds NaN, as it holds anything on a GPU; the copy is
@@ -111,5 +111,12 @@ inline void mma_m16n8k16_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0
   }
 }
 #undef LINE
+
+inline unsigned atom_add_acq_rel(unsigned* counter, unsigned x) {
+  __threadfence();
+  const unsigned old = atomicAdd(counter, x);
+  __threadfence();
+  return old;
+}
 
 }  // namespace
