@@ -5,8 +5,8 @@
 
 All rungs train the same model on the same batches, and take turns in one run. ladder.csv has a row per rung: its time,
 and what its launches, bytes and flops should cost by step_costs.py, from costs that the same run measures (costs.csv).
-`gain` is over the rung before; those from `own GEMM` on are alternatives, each a change of `epilogues`. torch stands
-beside them. launches.csv, on a GPU: the captured step with more and more steps in a launch. The images are synthetic.
+`gain` is over the rung before, but `own GEMM` and `bf16` are each a change of `epilogues`, and `tuned` is beside the
+way: --tune in float32. torch stands beside them. launches.csv, on a GPU: the captured step with more and more steps in a launch. The images are synthetic.
 """
 
 import argparse
@@ -90,6 +90,7 @@ class Ladder:
             rungs += [
                 Rung("graph", "the step is one launch; cuBLASLt's products", "float32", partial(self.graph, steps=1)),
                 Rung(f"graph, {n} steps per launch", f"{n} steps are one launch", "float32", self.graph),
+                Rung("tuned", f"ops fused to products{tuned}", "float32", partial(self.graph, tune=True), False),
                 Rung("TF32", "factors of products rounded to TF32", "tf32", self.graph),
                 Rung("epilogues", f"ops fused to products{tuned}", "tf32", partial(self.graph, tune=True)),
                 Rung("own GEMM", "our kernel for all products and what follows them", "tf32", own, False),
@@ -120,9 +121,12 @@ class Ladder:
         return self.timed(rung, Known(learner, self.counted(learner)))
 
     def graph(self, rung: Rung, steps=STEPS_PER_LAUNCH, gemm="cublaslt", tune=False) -> Contender:
-        """A learner that launches its steps as graphs; tune: with every product in its fastest form."""
+        """A learner that launches its steps as graphs; tune: with every product in its fastest form, of all there are."""
+        gemm = "auto" if tune else gemm
         config = replace(self.config, precision=contenders.PRECISIONS[rung.precision], gemm=gemm)
         chosen, images, plan = products.select(config, self.device), len(self.data.labels), None
+        if not chosen.captures:
+            raise InputError(chosen.notice)
         if tune:
             plan, _ = tuning.plan(config, self.device, chosen, contenders.sizes(config), config.batch_size, tune=True)
         learner = ScratchLearner(config, self.resident, self.device, images, chosen, plan)

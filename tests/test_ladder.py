@@ -276,8 +276,8 @@ def test_every_rung_of_a_gpu(gpu, monkeypatch, tmp_path):
     assert_plausible(rows)
     assert [(row["rung"], row["precision"]) for row in rows] == [
         ("plain", "float32"), ("arena Adam", "float32"), ("resident data", "float32"), ("fused ops", "float32"),
-        ("graph", "float32"), ("graph, 16 steps per launch", "float32"), ("TF32", "tf32"), ("epilogues", "tf32"),
-        ("own GEMM", "tf32"), ("bf16", "bf16"),
+        ("graph", "float32"), ("graph, 16 steps per launch", "float32"), ("tuned", "float32"), ("TF32", "tf32"),
+        ("epilogues", "tf32"), ("own GEMM", "tf32"), ("bf16", "bf16"),
         *((name, precision) for precision in ("float32", "tf32") for name in
           ("torch eager, fused optimizer", "torch CUDA graph, fused optimizer")),
     ]  # fmt: skip
@@ -339,7 +339,7 @@ def test_rungs_that_fail_are_named_and_cost_no_other_its_row(gpu, monkeypatch, t
     ]  # fmt: skip
     assert not (tmp_path / "out" / "launches.csv").exists()
     errors = capsys.readouterr().err
-    for rung in ("graph, float32", "TF32, tf32", "epilogues, tf32", "bf16, bf16", "matrix product, bf16"):
+    for rung in ("graph, float32", "tuned, float32", "TF32, tf32", "epilogues, tf32", "bf16, bf16", "matrix product, bf16"):
         assert f"error: the ladder, {rung}: InputError: no nvmath here" in errors
 
 

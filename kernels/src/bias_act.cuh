@@ -87,7 +87,7 @@ template <class Act> DEVICE float bias_act_backward_element(float dy, float save
 
 #ifdef __CUDACC__
 
-constexpr int TILE_THREADS = 256, ROWS_AT_ONCE = 3, PARTS_AT_ONCE = 4;
+enum { TILE_THREADS = 256, ROWS_AT_ONCE = 3, PARTS_AT_ONCE = 4 };  // no constexpr, of which not all users use all
 
 // A block has 4 blockDim.x columns, 4 per thread, and blockDim.y row groups, each with every blockDim.y-th row.
 // Without packs a thread's columns lie blockDim.x apart, so that neighbouring threads read neighbouring elements.
