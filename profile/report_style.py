@@ -27,7 +27,7 @@ LOOK = {  # colours of Okabe and Ito (2008), which colour-blind readers tell apa
 }
 # The rungs of ladder.csv, by the name before the comma: array code, fused ops, graphs of them; torch's have a LOOK.
 RUNGS = dict.fromkeys(("plain", "arena Adam", "resident data"), "plain") | {"fused ops": "fused"}
-RUNGS |= dict.fromkeys(("graph", "TF32", "epilogues", "own GEMM", "bf16"), "fused, CUDA graph")
+RUNGS |= dict.fromkeys(("graph", "tuned", "TF32", "epilogues", "own GEMM", "bf16"), "fused, CUDA graph")
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}  # behind text that lies on lines
 
 
