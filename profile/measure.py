@@ -210,10 +210,9 @@ def torch_graph(launches, stream):
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=own):
-        for launch in launches:
-            launch()
+        results = [launch() for launch in launches]  # all kept, or they would share memory, and that the cache
 
-    def run(_, kept=launches):
+    def run(_, kept=(launches, results)):
         with torch.cuda.stream(own):
             graph.replay()
 
