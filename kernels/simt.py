@@ -11,6 +11,7 @@ Linux with g++ or clang++; from a checkout, since an installed package has no CM
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -70,9 +71,12 @@ def build(cuda_source=MODULE, sanitizer: str = "") -> Path:
     name = f"{cuda_source.stem}-{hashlib.sha256(str(cuda_source).encode()).hexdigest()[:8]}"
     folder = _ROOT / "build" / "simt" / name
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
-    _run([cmake, "-S", _ROOT, "-B", folder, f"-DMLP_SIMT={cuda_source}", *generator])
     program = folder / (f"simt-{sanitizer}" if sanitizer else "simt")
-    _run([cmake, "--build", folder, "--target", program.name])
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # until it is closed; tests may run in several processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _run([cmake, "-S", _ROOT, "-B", folder, f"-DMLP_SIMT={cuda_source}", *generator])
+        _run([cmake, "--build", folder, "--target", program.name])
     if not program.exists():
         raise MissingSanitizer(f"the C++ compiler has no -fsanitize={sanitizer}; install its run-time library")
     return program

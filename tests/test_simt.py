@@ -1,6 +1,8 @@
 """The SIMT runner's process and its build: what is refused, and that nothing stale is executed."""
 
 import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -32,6 +34,28 @@ def _scaled(runner):
     runner.launch("scale", (1,), (32,), (x, np.int32(5)))
     runner.close()
     return list(x)
+
+
+def test_builds_of_one_program_take_turns(monkeypatch, tmp_path):
+    """Tests may run in several processes; a lock per open file tells threads apart just as well."""
+    at_work, most, guard = [], [], threading.Lock()
+
+    def run(command):
+        with guard:
+            at_work.append(command)
+            most.append(len(at_work))
+        time.sleep(0.02)
+        at_work.remove(command)
+
+    monkeypatch.setattr(simt, "_run", run)
+    monkeypatch.setattr(simt, "_ROOT", tmp_path)
+    (tmp_path / "CMakeLists.txt").touch()
+    threads = [threading.Thread(target=lambda: pytest.raises(simt.MissingSanitizer, simt.build)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 6
 
 
 def test_an_edited_header_or_source_is_built_anew(source):
