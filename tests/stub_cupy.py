@@ -15,19 +15,35 @@ class DriverError(Exception):
     pass
 
 
+class StubKernel:
+    """A launch returns its arguments; `limits` are the sizes of dynamic shared memory that were allowed."""
+
+    def __init__(self, name):
+        self.name, self.limits = name, []
+
+    def __setattr__(self, name, value):
+        if name == "max_dynamic_shared_size_bytes":
+            self.limits.append(value)
+        super().__setattr__(name, value)
+
+    def __call__(self, *args, **keywords):
+        return args, keywords
+
+
 class StubCuPy:
     """What cuda.py asks of CuPy; `loaded` is what the next kernel comes from, as keywords of RawModule."""
 
     def __init__(self):
-        self.capability, self.error, self.loaded = "90", None, None
+        self.capability, self.error, self.loaded, self.device = "90", None, None, 0
         self.cuda = SimpleNamespace(
             Device=lambda: SimpleNamespace(compute_capability=self.capability),
             driver=SimpleNamespace(CUDADriverError=DriverError),
+            runtime=SimpleNamespace(getDevice=lambda: self.device),
         )
 
     def RawModule(self, **keywords):
         self.loaded = keywords
-        return SimpleNamespace(compile=self._compile, get_function=lambda name: name)
+        return SimpleNamespace(compile=self._compile, get_function=StubKernel)
 
     def _compile(self):
         if self.error:
@@ -36,10 +52,15 @@ class StubCuPy:
     def load(self):
         """Forget all that was loaded, as a new process has, and load a kernel."""
         self.loaded = None
-        cuda._module.cache_clear()
-        cuda.function.cache_clear()
+        forget()
         cuda.function("adam")
         return self.loaded
+
+
+def forget():
+    """What cuda.py has loaded."""
+    for remembered in (cuda._module, cuda._kernel, cuda._kernel_with_shared):
+        remembered.cache_clear()
 
 
 @pytest.fixture
@@ -51,8 +72,7 @@ def cupy(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda, "FATBIN", tmp_path / "kernels" / "module.fatbin")
     monkeypatch.setattr(source, "DIRECTORY", tmp_path / "kernels" / "src")
     yield stub
-    cuda._module.cache_clear()
-    cuda.function.cache_clear()
+    forget()
 
 
 def record() -> Path:

@@ -31,6 +31,16 @@ def test_of_these_sources(cupy):
     assert_fatbin(cupy)
 
 
+def test_dynamic_shared_memory_is_allowed_once_on_each_device(cupy):
+    """A driver allows a kernel more than 48 KiB only after it was asked to, device by device."""
+    cupy.load()
+    for cupy.device in (0, 1, 1, 0):
+        launch = cuda.function("gemm", 98304)
+        assert launch((1,), (256,), ()) == (((1,), (256,), ()), {"shared_mem": 98304})
+    assert cuda.function("gemm").limits == [98304, 98304]
+    assert cuda.function("gemm")((1,), (256,), ()) == (((1,), (256,), ()), {})
+
+
 @pytest.mark.parametrize("change", [{"sources": "0" * 64}, {"options": ["-std=c++17", "--use_fast_math"]}])
 def test_of_others(cupy, change):
     write_fatbin(**change)
