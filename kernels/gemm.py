@@ -18,7 +18,7 @@ PRECISIONS = ("tf32", "bf16")
 COLUMNS, SMALL, LARGE = 64, 64, 128  # of a tile; its rows: the same numbers as in src/gemm.cuh and src/module.cu
 DEPTH = 32  # what blocks that share a tile divide K by
 SHARED_BYTES = 96 * 1024  # of a block; the same number as in src/gemm_product.cuh
-MEETING, PART = 6, 2  # what it costs that blocks meet, and each of them, in DEPTHs of K (H100: 1.6 and 0.5 us)
+MEETING, PART = 3, 1  # what it costs that blocks meet, and each of them, in DEPTHs of K (H100: 1.6, 0.5 and 0.5 us)
 CAPABILITY = 80  # the first with these instructions
 
 

@@ -171,7 +171,8 @@ def sgd(*shape, **variant) -> Case:
     return _case("sgd", _sgd, *shape, **variant)
 
 
-def _gather(rng, backend, B, D, images=7, offset=0, index="", affine=False, begin="", part=False, **settings):
+def _gather(rng, backend, B, D, images=7, offset=0, index="", affine=False, begin="", part=False,
+            batch_offset=None, **settings):  # fmt: skip
     pixels = rng.integers(0, 256, (images, D), np.uint8)
     labels = rng.integers(-5, 50, images).astype(np.int32)
     rows, maps = rng.integers(0, images, 2 * B if begin else B).astype(np.int32), None
@@ -180,8 +181,9 @@ def _gather(rng, backend, B, D, images=7, offset=0, index="", affine=False, begi
     if affine:
         maps = (np.eye(2, 3) + rng.normal(0, 0.3, (B, 2, 3)) * [1, 1, D**0.5 / 2]).astype(np.float32)
     numbers = rng.permutation(1000)[:images] if part else None
-    x, intact = _output(backend, offset, shape=(B, D))
-    y, y_intact = _output(backend, offset, shape=(B,), dtype=np.int32)
+    of_batch = offset if batch_offset is None else batch_offset
+    x, intact = _output(backend, of_batch, shape=(B, D))
+    y, y_intact = _output(backend, of_batch, shape=(B,), dtype=np.int32)
     backend.ops.gather_batch(
         backend.array(pixels, np.uint8, offset), backend.array(labels, np.int32, offset),
         backend.array(rows, np.int32, offset), out_x=x, out_y=y, seed=SEED,

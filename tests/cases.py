@@ -39,6 +39,7 @@ def _representative():
         yield bias_act_backward("relu", rows, columns, multiprocessors=multiprocessors, with_bias=True)
     yield bias_act_backward("gelu", 520, 128, multiprocessors=4)
     yield bias_act_backward("relu", 1025, 128, multiprocessors=25)  # 100 row blocks, of which 6 have no row
+    yield bias_act_backward("relu", 70, 150, multiprocessors=1)  # two row blocks
     yield bias_act_backward("relu", 300, 300, multiprocessors=9, with_bias=True)
     yield bias_act_backward("relu", 150, 127, multiprocessors=1, offset=1, with_bias=True)
     yield bias_act("silu", 3, 1031, multiprocessors=ONE_BLOCK)  # two packs, one pack and none; then what is left
@@ -66,7 +67,8 @@ def _representative():
     yield adam(6, settings="decoupled", step=1)
     yield sgd(37, settings="plain", velocity=False)
     yield sgd(6, settings="l2 without momentum", velocity=False, offset=1)
-    yield gather(9, 392, index="out of range", multiprocessors=ONE_BLOCK)  # more words than a thread loads at once
+    yield gather(20, 392, index="out of range", multiprocessors=ONE_BLOCK)  # more words than the grid loads at once
+    yield from (gather(3, 16, offset=1, batch_offset=4), gather(3, 16, batch_offset=1))
     yield from (gather(0, 5), gather(1, 1, images=1), gather(3, 16), gather(3, 16, offset=1), gather(3, 9))
     yield gather(40, 49, mean=0.25, scale=2.0, multiprocessors=ONE_BLOCK)
     for variant in ({"noise_sigma": 0.5}, {"affine": True}, {"noise_sigma": 0.5, "affine": True}):

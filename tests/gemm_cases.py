@@ -153,7 +153,7 @@ def few() -> list[Case]:
         "input_gradient": {"activation": "silu", "bias": True},
         "weight_gradient": {},
     }
-    launches = ((70, 47, 100), 4), ((130, 33, 50), ONE_BLOCK)
+    launches = ((70, 47, 356), 4), ((130, 33, 50), ONE_BLOCK)
     return [
         case(form, precision, *shape, multiprocessors=multiprocessors, **all_that_it_can[form])
         for (shape, multiprocessors), form, precision in itertools.product(launches, FORMS, PRECISIONS)
