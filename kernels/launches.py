@@ -77,9 +77,10 @@ def _halves(seed: int) -> tuple:
 
 
 class Launches:
-    """The ops on a device: what `function(name, shared_bytes=0)` gives is called with grid, block and arguments, `multiprocessors()` is their
-    number, `room()` the blocks of THREADS threads that one holds, `empty(shape, dtype)` an uninitialised array,
-    `counters(count)` zeros that the kernels leave zero, and `is_array(value)` tells its arrays from numbers."""
+    """The ops on a device: what `function(name, shared_bytes=0)` gives is called with grid, block and arguments,
+    `multiprocessors()` is their number, `room()` the blocks of THREADS threads that one holds, `empty(shape, dtype)` an
+    uninitialised array, `counters(count)` zeros that the kernels leave zero, and `is_array(value)` tells its arrays
+    from numbers."""
 
     def __init__(self, device):
         self._device = device

@@ -15,7 +15,7 @@ from itertools import groupby
 @dataclass(frozen=True)
 class Call:
     """One call of an op. In a graph those that are `beside` make a branch of their own, in their order, next to the
-    calls that follow; the next one that `joins` waits for it. Those that are `early` run, where the program is repeated,
+    calls that follow; the next one that `joins` waits for it. Where the program is repeated, those that are `early` run
     on that branch next to the last calls of the repetition before, from the one that joins on."""
 
     phase: str  # what the call belongs to: "gather", "forward/layer0", ...; see ranges.py
