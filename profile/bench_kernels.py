@@ -138,9 +138,8 @@ def rows(op, size, samples, failed, facts):
     moved = count * op.bytes_per_row
     common = {"op": op.name, "size": size, "shape": op.shape(count), "dtype": op.dtype, "bytes": moved}
     copy_names = [name for name in samples if name not in kernel_ops.METHODS]
-    copy_names.sort(key=lambda name: measure.quiet(samples[name]))
-    ceiling = copy_names[0] if copy_names else None  # none where the copy itself failed
-    for name in [name for name in samples if name in kernel_ops.METHODS] + copy_names[:1]:
+    ceiling = min(copy_names, key=lambda name: measure.quiet(samples[name]), default=None)  # None: all failed
+    for name in [name for name in samples if name in kernel_ops.METHODS or name == ceiling]:
         times, plain = samples[name], samples.get("plain")
         yield common | measure.percentiles(times, "us") | {
             "contender": "copy" if name == ceiling else name,

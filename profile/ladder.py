@@ -6,7 +6,8 @@
 All rungs train the same model on the same batches, and take turns in one run. ladder.csv has a row per rung: its time,
 and what its launches, bytes and flops should cost by step_costs.py, from costs that the same run measures (costs.csv).
 `gain` is over the rung before, but `own GEMM` and `bf16` are each a change of `epilogues`, and `tuned` is beside the
-way: --tune in float32. torch stands beside them. launches.csv, on a GPU: the captured step with more and more steps in a launch. The images are synthetic.
+way: --tune in float32. torch stands beside them. launches.csv, on a GPU: the captured step with more and more steps in
+a launch. The images are synthetic.
 """
 
 import argparse

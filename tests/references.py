@@ -15,7 +15,7 @@ from kernels.plain_random import philox4x32
 
 from .checks import ELEMENTWISE, EPS, REDUCTION, Check
 
-LEAST = float(np.finfo(np.float32).smallest_subnormal)
+TINY = float(np.finfo(np.float32).smallest_subnormal)
 
 # ---- bias_act
 
@@ -174,7 +174,7 @@ def adam(p, g, m, v, *, step, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay
     kept = p * (1 - lr * weight_decay) if decoupled else p
     m_size = beta1 * np.abs(m) + (1 - beta1) * size
     p_bound = (3 if decoupled else 1) * EPS * np.abs(p) + 2 * ELEMENTWISE * rate * m_size
-    p_bound += (1 + step_size) * LEAST / denominator
+    p_bound += (1 + step_size) * TINY / denominator
     v_bound = ELEMENTWISE * (beta2 * v + (1 - beta2) * size**2)
     return (kept - rate * new_m, new_m, new_v), (p_bound, ELEMENTWISE * m_size, v_bound)
 

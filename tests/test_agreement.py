@@ -18,12 +18,11 @@ from kernels import ACTIVATIONS, plain, simt
 
 from .backends import SimtOps, simt_backend
 from .checks import EPS, assert_close, assert_same_bits
-from .references import NOISE, WARP, adam, bfloat16, confusion, permutation, positions, sgd
+from .references import NOISE, TINY, WARP, adam, bfloat16, confusion, permutation, positions, sgd
 
 torch = pytest.importorskip("torch")
 
 FUNCTION = 8
-TINY = float(np.finfo(np.float32).smallest_subnormal)
 SPECIAL = (0.0, -0.0, 1e-45, -1e-45, 1e-40, 1.2e-38, 1e4, -1e4, np.inf, -np.inf, np.nan)
 
 examples = settings(deadline=None, max_examples=25)

@@ -149,10 +149,9 @@ template <class Precision, bool A_K_RUNS, bool B_K_RUNS, int ROWS> struct Produc
     UNROLL for (int p = 0; p < PAIRS; ++p) y[p] = {{0.0f, 0.0f}};
     ROLLED for (unsigned part = 0; part < gridDim.y; ++part) {
       UNROLL for (int p = 0; p < PAIRS; p += 2) {
-        const float* const from = parts + part * (index_t)TILE + p * 2 * GEMM_THREADS;
-        const float4 x = __ldcg(reinterpret_cast<const float4*>(from));
-        y[p] = {{y[p][0] + x.x, y[p][1] + x.y}};
-        y[p + 1] = {{y[p + 1][0] + x.z, y[p + 1][1] + x.w}};
+        const Pack<4> x = load_past_l1<4>(parts + part * (index_t)TILE + p * 2 * GEMM_THREADS);
+        y[p] = {{y[p][0] + x[0], y[p][1] + x[1]}};
+        y[p + 1] = {{y[p + 1][0] + x[2], y[p + 1][1] + x[3]}};
       }
     }
     return true;
