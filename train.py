@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mlp import InputError, configs
+from mlp import InputError, configs, flags
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,29 +19,39 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--list", action="store_true", help="print the presets and leave")
     add("--model", default="m1", help="preset, one of those of --list (default: m1)")
-    add("--fused", action="store_true", help="use the fused kernels instead of plain array code")
+    add("--backend", help="scratch (NumPy or CuPy) or torch; default: the preset's")
+    add("--fused", action="store_true", help="use the fused kernels instead of plain array code or torch's")
+    add("--compile", action="store_true", default=None, help="torch: let torch.compile make one graph of a step")
     add("--device", help="auto (default: the GPU where there is one), cpu or cuda")
     add("--data", help="auto (default: EMNIST, else glyphs), emnist, glyphs[:N], or a folder of IDX or .npy files")
     add("--precision", help="of the factors of matrix products: fp32 (default), or on a GPU tf32 or bf16")
     add("--gemm", help="matrix products on a GPU: auto (default), cublaslt, cupy or own")
-    add("--memory-limit", type=configs.parse_bytes, help="device memory to use at most, such as 4GB")
+    add("--memory-limit", type=flags.parse_bytes, help="device memory to use at most, such as 4GB")
     add("--tune", action="store_true", help="time the forms of every layer on this GPU, and remember the fastest")
     add("--explain", action="store_true", help="print what a step does and how, and leave")
     add("--nvtx", action="store_true", help="mark the phases for Nsight Systems")
     add("--out", type=Path, help="folder for the results (default: a new one under runs/)")
     change = parser.add_argument_group("what to change in the preset").add_argument
     change("--epochs", type=int, help="at most so many passes over the training images")
-    change("--batch-size", type=configs.parse_batch_size, help="images per step, or 'full': exact full-batch descent")
+    change("--batch-size", type=flags.parse_batch_size, help="images per step, or 'full': exact full-batch descent")
     change("--lr", type=float, help="learning rate of the first epoch, for a loss that is the mean over the batch")
-    change("--hidden", type=configs.parse_hidden, help="widths of the hidden layers, such as 400,240,120")
+    change("--hidden", type=flags.parse_hidden, help="widths of the hidden layers, such as 400,240,120")
     change("--activation", help=", ".join(configs.ACTIVATIONS))
+    change("--batch-norm", action=argparse.BooleanOptionalAction, default=None, help="in the hidden layers")
+    change("--dropout", type=float, help="probability that an output of a hidden layer is dropped")
     change("--optimizer", help=", ".join(configs.OPTIMIZERS))
     change("--momentum", type=float, help="of sgd")
     change("--schedule", help=", ".join(configs.SCHEDULES))
     change("--decay", type=float, help="linear schedule: taken from the learning rate every epoch")
     change("--gamma", type=float, help="exponential schedule: factor of the learning rate every epoch")
+    change("--warmup", type=int, help="epochs in which the learning rate rises to its value")
     change("--l2", type=float, help="weight decay, added to the gradient as in torch.optim")
     change("--decoupled", action="store_true", default=None, help="adam: decay the parameters directly, as AdamW")
+    change("--label-smoothing", type=float, help="share of the target that is spread over all classes")
+    change("--class-balance", type=float, help="0: images count the same; towards 1: classes do (0.999, say)")
+    change("--ema", type=float, help="decay of an average of the parameters, which is kept in their place (0.999, say)")
+    change("--train-noise", type=float, help="Gaussian noise on training images, of a sigma in [0, this] each")
+    change("--augment", type=float, nargs="?", const=1.0, help="random affine maps of training images (strength 1)")
     change("--patience", type=int, help="stop after so many epochs without a lower validation loss")
     change("--seed", type=int, help="of the weights, the batches and the noise")
     return parser

@@ -8,7 +8,8 @@ from . import InputError
 
 ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu", "gelu_tanh")
 OPTIMIZERS = ("sgd", "adam")
-SCHEDULES = ("constant", "linear", "exponential")
+SCHEDULES = ("constant", "linear", "exponential", "cosine")
+BACKENDS = ("scratch", "torch")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("fp32", "tf32", "bf16")
 PRODUCTS = ("auto", "cupy", "cublaslt", "own")
@@ -21,19 +22,28 @@ class Config:
 
     model: str
     hidden: tuple[int, ...]  # widths of the hidden layers
+    backend: str = "scratch"  # or "torch"
     activation: str = "relu"
+    batch_norm: bool = False  # between the product and the activation of every hidden layer
+    dropout: float = 0.0  # probability that an output of a hidden layer is dropped
     batch_size: int | str = 512  # rows per step, or "full"
     optimizer: str = "adam"
     lr: float = 0.001  # of the first epoch
     schedule: str = "constant"
     decay: float = 1e-5  # linear: lr falls by this much every epoch, down to 0
     gamma: float = 0.98  # exponential: lr is multiplied by this every epoch
+    warmup: int = 0  # epochs in which lr rises to its value, step by step
     momentum: float = 0.0  # sgd
     beta1: float = 0.9  # adam
     beta2: float = 0.999  # adam
     eps: float = 1e-8  # adam
     l2: float = 0.0  # weight decay: l2 * parameter is added to the gradient, as in torch.optim
     decoupled: bool = False  # adam: decay the parameters directly instead, as in AdamW
+    label_smoothing: float = 0.0  # share of the target that is spread over all classes
+    class_balance: float = 0.0  # 0: every image counts the same; towards 1: every class, see loss.py
+    ema: float = 0.0  # decay of the average of the parameters that is judged and kept in their place; 0: none
+    train_noise: float = 0.0  # largest sigma of the noise on training images; each has one of its own in [0, this]
+    augment: float = 0.0  # strength of the random affine maps of training images; 1: see loss.py
     epochs: int = 30  # at most
     patience: int | None = None  # stop after this many epochs without a lower validation loss
     seed: int = 0  # weights, batches and noise
@@ -45,8 +55,10 @@ class Config:
     # are faster; else CuPy's.
     gemm: str = "auto"
     memory_limit: int | None = None  # bytes of device memory
+    compile: bool = False  # torch: by torch.compile
 
     def __post_init__(self):
+        _one_of("--backend", self.backend, BACKENDS)
         _one_of("--activation", self.activation, ACTIVATIONS)
         _one_of("--optimizer", self.optimizer, OPTIMIZERS)
         _one_of("--schedule", self.schedule, SCHEDULES)
@@ -60,6 +72,7 @@ class Config:
         if self.batch_size != FULL:
             _whole("--batch-size", self.batch_size, 1, 2**31 - 1)
         _whole("--epochs", self.epochs, 1, 10**6)
+        _whole("--warmup", self.warmup, 0, self.epochs)
         _whole("--seed", self.seed, 0, 2**63 - 1)
         if self.patience is not None:
             _whole("--patience", self.patience, 1, 10**6)
@@ -71,10 +84,22 @@ class Config:
         _number("beta2", self.beta2, 0.0, 1.0, open_high=True)
         _number("eps", self.eps, 0.0, math.inf, open_low=True)
         _number("--l2", self.l2, 0.0, math.inf)
+        _number("--dropout", self.dropout, 0.0, 1.0, open_high=True)
+        _number("--label-smoothing", self.label_smoothing, 0.0, 1.0, open_high=True)
+        _number("--class-balance", self.class_balance, 0.0, 1.0, open_high=True)
+        _number("--ema", self.ema, 0.0, 1.0, open_high=True)
+        _number("--train-noise", self.train_noise, 0.0, 10.0)
+        _number("--augment", self.augment, 0.0, 3.0)
         if self.momentum and self.optimizer != "sgd":
             raise InputError("--momentum belongs to --optimizer sgd; adam has its own first moment, beta1")
         if self.decoupled and self.optimizer != "adam":
             raise InputError("--decoupled belongs to --optimizer adam")
+        if self.backend == "torch":
+            for flag in ("precision", "gemm", "memory_limit"):
+                if getattr(self, flag) != getattr(Config, flag):
+                    raise InputError(f"--{flag.replace('_', '-')} belongs to --backend scratch; leave it out")
+        elif self.compile:
+            raise InputError("--compile belongs to --backend torch; give that, too, or leave it out")
 
 
 def _one_of(flag, value, allowed):
@@ -97,12 +122,14 @@ def _number(flag, value, low, high, open_low=False, open_high=False):
 
 _M0 = Config("m0", (128, 64), optimizer="sgd", lr=0.01, batch_size=256)
 _M1G = Config("m1g", (400, 240, 120), patience=5)
+_M1 = dataclasses.replace(_M1G, model="m1")  # the best of m1a-m1h
+_M3 = Config("m3", (400, 400), backend="torch", activation="silu", batch_norm=True, dropout=0.3, l2=1e-4, patience=7)
 
 # Values as published. Their gradients were batch sums, so an l2 of 0.01 weighs 512 times more here than it did
 # there: m1c and m1d reach what they had with --l2 2e-5.
 PRESETS = {
     "m0": _M0,
-    "m1": dataclasses.replace(_M1G, model="m1"),  # the best of m1a-m1h
+    "m1": _M1,
     "m1a": Config("m1a", (128, 64), optimizer="sgd", lr=0.01, momentum=0.9, patience=5),
     "m1b": Config("m1b", (128, 64), patience=5),
     "m1c": Config("m1c", (128, 64), l2=0.01),
@@ -111,6 +138,12 @@ PRESETS = {
     "m1f": Config("m1f", (128, 64), schedule="exponential", gamma=0.98, patience=5),
     "m1g": _M1G,
     "m1h": Config("m1h", (370, 370), patience=5),
+    "m2": dataclasses.replace(_M1, model="m2", backend="torch"),
+    "m3": _M3,  # the best of m3a and m3b
+    "m3a": Config(
+        "m3a", (256, 128, 64, 64), backend="torch", activation="gelu", dropout=0.2, l2=1e-4, patience=7
+    ),
+    "m3b": dataclasses.replace(_M3, model="m3b"),
 }
 
 
@@ -134,45 +167,6 @@ def from_flags(name: str, **given) -> Config:
     return config
 
 
-def parse_hidden(text: str) -> tuple[int, ...]:
-    """'400,240,120' -> (400, 240, 120)."""
-    try:
-        return tuple(int(width) for width in text.split(","))
-    except ValueError:
-        raise InputError(f"--hidden {text} is not a list of widths; give whole numbers such as 400,240,120") from None
-
-
-def parse_batch_size(text: str) -> int | str:
-    """'512' -> 512; 'full' stays."""
-    if text == FULL:
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise InputError(f"--batch-size {text} is not possible; give a whole number or 'full'") from None
-
-
-_UNITS = {"": 1} | {f"{k}{b}": 1000**n for n, k in enumerate("KMGT", 1) for b in ("", "B")}
-_UNITS |= {f"{k}IB": 1024**n for n, k in enumerate("KMGT", 1)}
-
-
-def parse_bytes(text: str) -> int:
-    """'4GB' -> 4000000000; '512MiB' -> 536870912; '1000' -> 1000."""
-    number = text.rstrip("KMGTIBkmgtib")
-    try:
-        return int(float(number) * _UNITS[text[len(number) :].upper()])
-    except (ValueError, KeyError, OverflowError):
-        raise InputError(f"--memory-limit {text} is no amount of memory; give bytes such as 4GB or 512MiB") from None
-
-
-def format_bytes(count: int) -> str:
-    """1234567 -> '1.24 MB': rounded up, so that it is enough."""
-    for power, unit in ((3, "GB"), (2, "MB"), (1, "KB")):
-        if count >= 1000**power:
-            return f"{math.ceil(count / 1000**power * 100) / 100:g} {unit}"
-    return f"{count} B"
-
-
 def describe(config: Config) -> str:
     """One line: layers, optimizer, schedule and stopping rule."""
     parts = [
@@ -183,8 +177,22 @@ def describe(config: Config) -> str:
             "constant": "constant",
             "linear": f"linear -{config.decay:g}/epoch",
             "exponential": f"exponential x{config.gamma:g}/epoch",
+            "cosine": "cosine",
         }[config.schedule],
     ]
+    if config.batch_norm:
+        parts.insert(1, "batch norm")
+    for text, value in (
+        ("dropout", config.dropout),
+        ("warm-up of epochs", config.warmup),
+        ("label smoothing", config.label_smoothing),
+        ("class balance", config.class_balance),
+        ("average of parameters", config.ema),
+        ("noise up to", config.train_noise),
+        ("augmentation", config.augment),
+    ):
+        if value:
+            parts.append(f"{text} {value:g}")
     if config.l2:
         parts.append(f"{'decoupled decay' if config.decoupled else 'l2'} {config.l2:g}")
     parts.append(f"batch {config.batch_size}, at most {config.epochs} epochs")
@@ -192,4 +200,6 @@ def describe(config: Config) -> str:
         parts.append(f"patience {config.patience}")
     if config.precision != "fp32":
         parts.append(f"{config.precision} products")
+    if config.backend == "torch":
+        parts.append("torch" + (", compiled" if config.compile else ""))
     return ", ".join(parts)

@@ -57,7 +57,7 @@ def select(kind: str, fused: bool) -> Device:
             host.check()
         except BackendError as error:
             raise InputError(f"--fused is not possible: {error}") from None
-    return Device("cpu", _cpu_name(), np, kernels if fused else plain, chunk_rows=2048)
+    return Device("cpu", cpu_name(), np, kernels if fused else plain, chunk_rows=2048)
 
 
 def _gpu(fused: bool) -> Device:
@@ -75,7 +75,8 @@ def _gpu(fused: bool) -> Device:
     return Device("cuda", name, cupy, kernels if fused else plain, chunk_rows=16384)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name."""
     try:
         with open("/proc/cpuinfo") as file:
             for line in file:

@@ -1,7 +1,7 @@
 """What a learner's step does, in words: where its products come from, every call, and what of it is one launch."""
 
 from . import forms
-from .configs import format_bytes
+from .flags import format_bytes
 
 
 def explain(learner, entry: dict) -> str:

@@ -55,17 +55,23 @@ def default(layers: int, own: bool = False) -> Plan:
     return Plan((Form(OWN, OWN, OWN) if own else Form(),) * layers)
 
 
-def candidates(layer: int, layers: int, activation: str, epilogues: bool, own: bool) -> dict[str, list[str]]:
+def candidates(
+    layer: int, layers: int, activation: str, epilogues: bool, own: bool, treated: bool = False
+) -> dict[str, list[str]]:
     """The forms worth timing for each product of a layer.
 
     An epilogue knows relu alone (and no activation at all). The bias gradient comes from a `weight` epilogue only where
-    nothing else has it: last.
+    nothing else has it: last. treated: hidden layers have a normalisation or dropout, which no form fuses to a product.
     """
-    last, relu, more = layer == layers - 1, epilogues and activation == "relu", [OWN] * own
+    last, relu = layer == layers - 1, epilogues and activation == "relu" and not treated
+    more, hidden = [OWN] * own, [OWN] * (own and not treated)
     of = {
-        "forward": [SEPARATE] + [EPILOGUE] * (relu or epilogues and last) + [MASKED] * (relu and not last) + more,
+        "forward": [SEPARATE]
+        + [EPILOGUE] * (relu or epilogues and last)
+        + [MASKED] * (relu and not last)
+        + (more if last else hidden),
         "weight": [SEPARATE] + [EPILOGUE] * (epilogues and last) + more,
     }
     if layer:
-        of["input"] = [SEPARATE] + [EPILOGUE] * relu + more
+        of["input"] = [SEPARATE] + [EPILOGUE] * relu + hidden
     return of

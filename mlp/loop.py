@@ -1,7 +1,8 @@
 """The training loop: epochs, batches, early stopping. It knows a model only by the methods it calls.
 
 A learner has batch_size, steps_per_launch, begin_epoch(index, epoch), train(start, stop, lr), synchronize(),
-evaluate(index), totals(), snapshot() and restore(snapshot); see scratch.ScratchLearner and torch_models.TorchLearner.
+evaluate(index), totals(), snapshot() and restore(snapshot); see scratch.ScratchLearner and torch_models.TorchLearner,
+which have what run.py needs besides.
 """
 
 import math
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 
 from .configs import Config
 from .data import Split
-from .optim import learning_rate
+from .optim import STEPS_PER_RATE, learning_rate
 
 SECONDS_PER_READING = 0.2
 
@@ -23,7 +24,7 @@ class EpochRow:
     """A row of history.csv. Training loss and accuracy are those of the batches as they were trained on."""
 
     epoch: int  # from 1
-    lr: float
+    lr: float  # in the middle of the epoch
     train_loss: float
     train_accuracy: float
     val_loss: float
@@ -109,8 +110,8 @@ def fit(learner, split: Split, config: Config, reporter: Reporter | None = None,
 
 def _epoch(learner, split, config, epoch, reporter, interrupt) -> EpochRow | None:
     """Train and validate one epoch; None when it was interrupted."""
-    lr, n = learning_rate(config, epoch - 1), len(split.train)
-    stride = learner.batch_size * learner.steps_per_launch
+    n, stride = len(split.train), learner.batch_size * learner.steps_per_launch
+    stretch = learner.batch_size * STEPS_PER_RATE
     reporter.begin_epoch(epoch, config.epochs, n)
     started = read = time.perf_counter()
     learner.begin_epoch(split.train, epoch)
@@ -118,7 +119,9 @@ def _epoch(learner, split, config, epoch, reporter, interrupt) -> EpochRow | Non
         if interrupt.requested:
             return None
         stop = min(start + stride, n)
-        learner.train(start, stop, lr)
+        begin = start - start % stretch
+        middle = (begin + min(begin + stretch, n)) / 2
+        learner.train(start, stop, learning_rate(config, epoch - 1, middle / n))
         reporter.advance(stop - start)
         if reporter.wants_readings and time.perf_counter() - read > SECONDS_PER_READING:
             loss, correct = learner.totals()
@@ -128,4 +131,5 @@ def _epoch(learner, split, config, epoch, reporter, interrupt) -> EpochRow | Non
     seconds = time.perf_counter() - started
     val = learner.evaluate(split.val)
     loss, correct = learner.totals()  # of the training; they came with the copy that evaluate() has made
+    lr = learning_rate(config, epoch - 1)
     return EpochRow(epoch, lr, loss / n, correct / n, val.cross_entropy, val.accuracy, seconds, n / seconds)

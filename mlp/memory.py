@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from . import InputError
-from .configs import Config, format_bytes
+from .configs import Config
 from .device import Device
+from .flags import format_bytes
 
 FEWEST_ROWS = 64  # of the buffers; fewer would save next to nothing
 MOST_WINDOW = 32768  # rows: 26 MB, enough to hide what each copy costs to begin
@@ -43,9 +44,9 @@ def need(config: Config, sizes, images: int, workspace: int) -> Need:
     widths, rounded = sizes[1:], config.precision == "bf16"
     parameters = sum(n_in * n_out + n_out for n_in, n_out in zip(sizes, widths))
     # parameters, gradients, their sum over chunks, the best ones and their successor; the optimizer's moments, and once
-    # more what a capture puts back
+    # more what a capture puts back; the average of the parameters, and these while the average is judged
     moments = 2 if config.optimizer == "adam" else 1 if config.momentum else 0
-    arenas = 5 + moments + (1 + moments if config.fused else 0)
+    arenas = 5 + moments + (1 + moments if config.fused else 0) + (2 if config.ema else 0)
     fixed = parameters * (4 * arenas + 2 * rounded) + workspace + SLACK + 8 * (images + sizes[-1] ** 2)
     activations = sizes[0] + 3 * sum(widths) + sizes[-1]  # the batch; pre-activations, outputs, gradients; dlogits
     per_image = sizes[0] + 4

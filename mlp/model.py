@@ -39,19 +39,29 @@ def initial_weights(sizes, seed, dtype=np.float32):
         yield (rng.standard_normal((n_in, n_out)) * np.sqrt(2.0 / n_in)).astype(dtype)
 
 
+def _by_kind(views, layers):
+    """The weights, the biases and the norm weights among the views of an arena."""
+    return views[: 2 * layers : 2], views[1 : 2 * layers : 2], views[2 * layers :]
+
+
 class MLP:
     """Linear layers with an activation between them, on `xp` arrays, computed by `ops` and `products`.
 
-    sizes: widths from the input to the classes. rows: the largest batch. seed: of the initial weights (in, out).
-    plan: how the layers are computed. Whatever is computed goes through `recorder` and into buffers, so that it can be
+    sizes: widths from the input to the classes. rows: the largest batch. seed: of the initial weights (in, out), and of
+    the dropout. plan: how the layers are computed. Whatever is computed goes through `recorder` and into buffers, so that it can be
     recorded; what a method returns is such a buffer, valid until the next batch.
     parameters, gradients: flat arenas; weights, biases and weight_grads, bias_grads are views into them. The plan may
     pad the last layer's columns: there they are 0 and stay 0.
+    norm, dropout: hidden layers normalise the product over the batch (Ioffe & Szegedy, "Batch normalization", 2015) and
+    drop outputs with this probability (Srivastava et al., "Dropout", 2014). With norm, a layer's bias is that of the
+    normalised product, norm_weights are its factors, and running the flat arena of the means and variances that take
+    the batch's place outside of training.
     """
 
     def __init__(self, sizes, activation, *, rows, xp=np, ops, products=None, plan=None, recorder=None, seed=0,
-                 dtype=np.float32):  # fmt: skip
+                 norm=False, dropout=0.0, dtype=np.float32):  # fmt: skip
         self.sizes, self.activation, self.xp = tuple(sizes), activation, xp
+        self.norm, self.dropout, self.seed = norm, dropout, seed
         layers = len(sizes) - 1
         self.plan = plan or default(layers)
         self.products = products or Products.arrays(xp)
@@ -59,38 +69,58 @@ class MLP:
         self.ops = Recorded(ops, self.recorder)
         self._library, self._own = (Recorded(p, self.recorder) for p in (self.products.library, self.products.own))
         widths = (*sizes[:-1], self.plan.columns(sizes[-1]))
-        shapes = [shape for n_in, n_out in pairwise(widths) for shape in ((n_in, n_out), (n_out,))]
+        hidden = [(n,) for n in widths[1:-1]] if norm else []
+        shapes = [shape for n_in, n_out in pairwise(widths) for shape in ((n_in, n_out), (n_out,))] + hidden
         self.parameters, views = arena(shapes, xp, dtype)
-        self.weights, self.biases = views[::2], views[1::2]
+        self.weights, self.biases, self.norm_weights = _by_kind(views, layers)
         self.gradients, views = arena(shapes, xp, dtype)
-        self.weight_grads, self.bias_grads = views[::2], views[1::2]
+        self.weight_grads, self.bias_grads, self.norm_weight_grads = _by_kind(views, layers)
+        self.running, views = arena(2 * hidden, xp, dtype)  # means, then variances
+        self._running = list(zip(views[: len(hidden)], views[len(hidden) :]))
+        self._batch = [(xp.empty_like(mean), xp.empty_like(var)) for mean, var in self._running]
+        for ones in (*self.norm_weights, *views[len(hidden) :]):
+            ones[...] = 1.0
         for weight, initial in zip(self.weights, initial_weights(sizes, seed, dtype)):
             weight[:, : initial.shape[1]] = xp.asarray(initial)
         self._activations = [activation] * (layers - 1) + ["identity"]
         self._z = [xp.empty((rows, n), dtype) for n in widths[1:]]
         # For these the output tells the sign of the pre-activation, so it may overwrite it.
-        in_place = ("relu", "leaky_relu", "identity")
+        in_place = ("identity",) if norm or dropout else ("relu", "leaky_relu", "identity")
         self._y = [z if act in in_place else xp.empty_like(z) for act, z in zip(self._activations, self._z)]
         self._dy = [xp.empty((rows, n), dtype) for n in widths[1:-1]]
         # What library products read: in bfloat16 copies of the arrays, made when they are first needed.
         self._factors = self.weights
         if self.products.rounds:
             self._rounded, views = arena(shapes, xp, np.uint16, ALIGNMENT // np.dtype(dtype).itemsize)
-            self._factors = views[::2]
+            self._factors = _by_kind(views, layers)[0]
+        self._draw = {}  # what the last forward() told of its dropout
         self._inputs, self._masks = {}, {}  # of the batch by layer: the input that the library reads; relu's bit mask
 
     @property
     def parameter_count(self) -> int:
-        return sum(n_in * n_out + n_out for n_in, n_out in pairwise(self.sizes))
+        return sum(view.size for _, view in self.named_parameters())
 
     def named_parameters(self):
         """("weight0", view (in, out)), ("bias0", view (out,)), ("weight1", ...), without the padding."""
         for layer, (n_out, weight, bias) in enumerate(zip(self.sizes[1:], self.weights, self.biases)):
             yield f"weight{layer}", weight[:, :n_out]
             yield f"bias{layer}", bias[:n_out]
+        for layer, weight in enumerate(self.norm_weights):
+            yield f"norm_weight{layer}", weight
 
-    def forward(self, x):
-        """x (B, sizes[0]) -> logits (B, sizes[-1] or padded)."""
+    def named_buffers(self):
+        """("norm_mean0", view (width,)), ("norm_var0", view (width,)), ... where the model normalises."""
+        for layer, (mean, var) in enumerate(self._running):
+            yield f"norm_mean{layer}", mean
+            yield f"norm_var{layer}", var
+
+    def forward(self, x, *, training=False, step=None, row=0):
+        """x (B, sizes[0]) -> logits (B, sizes[-1] or padded).
+
+        training: with the statistics of x, which move the running ones, and with dropout, for which `step` is a float32
+        array of one element, the number of the step, and `row` that of x's first row in the whole batch.
+        """
+        self._draw = {"dropout": self.dropout, "seed": self.seed, "step": step, "row": row} if training else {}
         if self.products.rounds:
             with self.recorder.phase("forward/round"):
                 self.ops.to_bfloat16(self.parameters, out=self._rounded)
@@ -110,11 +140,34 @@ class MLP:
                 self._own.forward(x, self.weights[layer], y, bias=bias, activation=activation, z=kept)
             elif form == SEPARATE:
                 self._library.forward(self._input(layer, x), self._factors[layer], z, **algorithm)
-                self.ops.bias_act(z, bias, activation, out=y)
+                if self.is_plain(layer):
+                    self.ops.bias_act(z, bias, activation, out=y)
+                else:
+                    self._norm_act(layer, z, y)
             else:
                 factor, mask = self._input(layer, x), self.mask(layer, len(x)) if form == MASKED else None
                 self._library.forward_act(factor, self._factors[layer], bias, activation, y, mask, **algorithm)
         return y
+
+    def is_plain(self, layer) -> bool:
+        """Whether there is nothing between the layer's product and its output but bias and activation, now."""
+        last = layer == len(self.weights) - 1
+        return last or not self.norm and not (self.dropout and self._draw)
+
+    def _norm_act(self, layer, z, y):
+        if self.norm and self._draw:
+            mean, var = self._batch[layer]
+            running_mean, running_var = self._running[layer]
+            self.ops.batch_norm_stats(z, mean=mean, var=var, running_mean=running_mean, running_var=running_var)
+        self.ops.norm_act(z, self.biases[layer], self.activation, out=y, **self._treatment(layer))
+
+    def _treatment(self, layer) -> dict:
+        """What norm_act is told beside the product and the bias."""
+        treatment = {**self._draw, "layer": layer} if self.dropout and self._draw else {}
+        if self.norm:
+            mean, var = (self._batch if self._draw else self._running)[layer]
+            treatment |= {"mean": mean, "var": var, "weight": self.norm_weights[layer]}
+        return treatment
 
     def backward(self, x, dlogits):
         """Write the gradients for the batch x of the last forward(); dlogits (B, classes) is left unchanged."""
@@ -141,9 +194,15 @@ class MLP:
     def activation_gradient(self, layer, dy):
         """Turn dy into the gradient of the layer's pre-activation, and write the bias gradient."""
         saved, bias = self._saved(layer, len(dy))
-        self.ops.bias_act_backward(
-            dy, saved, self._activations[layer], out=dy, bias_grad=self.bias_grads[layer], bias=bias
-        )
+        if self.is_plain(layer):
+            self.ops.bias_act_backward(
+                dy, saved, self._activations[layer], out=dy, bias_grad=self.bias_grads[layer], bias=bias
+            )
+        else:
+            self.ops.norm_act_backward(
+                dy, saved, self.biases[layer], self.activation, out=dy, bias_grad=self.bias_grads[layer],
+                weight_grad=self.norm_weight_grads[layer] if self.norm else None, **self._treatment(layer),
+            )  # fmt: skip
 
     def weight_gradient(self, layer, x, dz, factor):
         """Write the gradient of the layer's weight. factor: what the library reads in the place of dz."""

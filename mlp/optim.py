@@ -5,18 +5,31 @@ the caller advances it before step(). `lr` is such an array, too, or a number. `
 leaves for the next.
 """
 
+import math
+
 import numpy as np
 
 from .configs import Config
 
+STEPS_PER_RATE = 16  # for so many steps a learning rate holds: those of a launch on a GPU (see scratch.py)
 
-def learning_rate(config: Config, epoch: int) -> float:
-    """The learning rate of `epoch`, counted from 0."""
+
+def learning_rate(config: Config, epoch: int, done: float = 0.5) -> float:
+    """The learning rate of `epoch`, counted from 0, where the share `done` of its images has been trained on.
+
+    linear and exponential fall from epoch to epoch. cosine falls with every step, from lr after the warm-up to 0 at the
+    end of the last epoch (Loshchilov & Hutter, "SGDR", 2017, without restarts). In the warm-up every schedule's value
+    is multiplied by the share of it that is done (Goyal et al., "Accurate, large minibatch SGD", 2017).
+    """
+    place, lr = epoch + done, config.lr
     if config.schedule == "linear":
-        return max(0.0, config.lr - config.decay * epoch)
-    if config.schedule == "exponential":
-        return config.lr * config.gamma**epoch
-    return config.lr
+        lr = max(0.0, lr - config.decay * epoch)
+    elif config.schedule == "exponential":
+        lr *= config.gamma**epoch
+    elif config.schedule == "cosine":
+        share = max(0.0, place - config.warmup) / max(1, config.epochs - config.warmup)
+        lr *= 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))
+    return lr * place / config.warmup if place < config.warmup else lr
 
 
 class SGD:

@@ -54,6 +54,8 @@ def select(config: Config, device: Device) -> Products:
         return Products.arrays(device.xp)
     if config.gemm in ("cublaslt", "own") and not device.fused:
         raise InputError(f"--gemm {config.gemm} goes with the fused kernels; give --fused with it")
+    if config.gemm == "own" and (config.batch_norm or config.dropout):
+        raise InputError("--gemm own fuses bias and activation to its products; leave out --batch-norm and --dropout")
     if config.gemm == "own":
         return Products(None, _own(precision), precision)
     if not device.fused or config.gemm == "cupy":

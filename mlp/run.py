@@ -14,7 +14,7 @@ import numpy as np
 
 from . import InputError, checkpoint, data, plots, products, ranges, tuning
 from .configs import Config, describe
-from .device import Device, select
+from .device import select
 from .evaluate import NOISE_SIGMA, Evaluation
 from .explain import explain as explain_step
 from .loop import EpochRow, History, Reporter, fit
@@ -62,7 +62,9 @@ def train(
     began = time.perf_counter()
     _refuse_used_folder(out)  # before a download of half a gigabyte
     annotate = ranges.nvtx_annotate() if nvtx else nullcontext
-    device = select(config.device, config.fused)
+    device = select_device(config)
+    if config.backend == "torch" and (tune or explain):
+        raise InputError(f"--{'tune' if tune else 'explain'} belongs to --backend scratch; leave it out")
     dataset = data.load(config.data)
     split = data.stratified_split(dataset.labels)
     learner, entry = make_learner(config, dataset, device, len(split.train), tune)
@@ -73,23 +75,40 @@ def train(
     if nvtx:
         ranges.attach(learner, annotate)
     folder = _make_folder(out, config, dataset.name)  # last: whatever is refused leaves no folder behind
-    for notice in filter(None, (dataset.notice, learner.products.notice)):
+    for notice in filter(None, (dataset.notice, learner.notice)):
         print(f"\n*** {notice} ***\n")
-    _write_json(folder / "config.json", _provenance(learner, dataset))
-    kernels = "fused kernels" if config.fused else "plain array code"
+    _write_json(folder / "config.json", _provenance(learner, dataset, device))
+    kernels = "fused kernels" if config.fused else "torch" if config.backend == "torch" else "plain array code"
     print(
         f"{config.model} ({kernels}) on {dataset.name}: {len(split.train):,} / {len(split.val):,} / "
         f"{len(split.test):,} images to train / validate / test, {len(dataset.class_names)} classes\n"
-        f"{describe(config)}; {learner.model.parameter_count:,} parameters\ndevice: {device.name}"
+        f"{describe(config)}; {learner.parameter_count:,} parameters\ndevice: {device.name}"
     )
     with np.errstate(over="ignore", invalid="ignore"):  # a loss that diverges is reported once, as such
         history = fit(learner, split, config, ConsoleReporter(), lambda h: _write_history(folder, h.rows), annotate)
     return _finish(config, dataset, device, split, learner, history, folder, began)
 
 
-def make_learner(config: Config, dataset: data.Dataset, device: Device, train_rows: int, tune: bool = False):
-    """The learner for `config`, its layers in the forms that are the fastest as far as it is known, and what
-    tuning.plan() knows of them."""
+def select_device(config: Config):
+    """The Device, or torch's, of `config`. InputError where it cannot be had."""
+    if config.backend == "torch":
+        return _torch_models().select(config.device, config.fused)
+    return select(config.device, config.fused)
+
+
+def _torch_models():
+    try:
+        from . import torch_models
+    except (ImportError, OSError) as error:  # or one of its libraries does not load
+        raise InputError(f"--backend torch is not possible ({error}); run `pip install torch`") from None
+    return torch_models
+
+
+def make_learner(config: Config, dataset: data.Dataset, device, train_rows: int, tune: bool = False):
+    """The learner for `config` on select_device()'s device; one from scratch has its layers in the forms that are the
+    fastest as far as it is known. Beside it what tuning.plan() knows of them."""
+    if config.backend == "torch":
+        return _torch_models().TorchLearner(config, dataset, device.kind, train_rows), {}
     chosen = products.select(config, device)
     sizes = (dataset.images.shape[1], *config.hidden, len(dataset.class_names))
     batch = ScratchLearner.batch_of(config, train_rows)
@@ -114,13 +133,14 @@ def _finish(config, dataset, device, split, learner, history: History, folder: P
     seconds = [row.seconds for row in history.rows]
     metrics = {
         "model": config.model,
+        "backend": config.backend,
         "fused": config.fused,
         "data": dataset.name,
         "device": device.name,
         "outcome": history.outcome,
         "epochs": len(history.rows),
         "best_epoch": history.best_epoch,
-        "parameters": learner.model.parameter_count,
+        "parameters": learner.parameter_count,
         "seconds_per_epoch": float(np.median(seconds)) if seconds else None,
         "seconds": time.perf_counter() - began,
         "val": val.summary(),
@@ -171,17 +191,16 @@ def _make_folder(out: Path | None, config: Config, data_name: str) -> Path:
     return out
 
 
-def _provenance(learner: ScratchLearner, dataset: data.Dataset) -> dict:
+def _provenance(learner, dataset: data.Dataset, device) -> dict:
     """The configuration, and what else decides the result."""
-    device = learner.device
     return asdict(learner.config) | {
-        "plan": asdict(learner.model.plan),
+        **learner.provenance(),
         "data_name": dataset.name,
         "data_sha256": dataset.checksum,
         "class_names": dataset.class_names,
         "device_name": device.name,
         "command": sys.argv,
-        "versions": {"python": platform.python_version(), device.xp.__name__: device.xp.__version__},
+        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in learner.modules()},
     }
 
 

@@ -1,6 +1,7 @@
 """The from-scratch model as the training loop sees it: data on the device, training steps, evaluation."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -10,13 +11,14 @@ from .configs import FULL, Config
 from .data import Dataset
 from .device import Device
 from .evaluate import Evaluation
+from .loss import altered_images, class_weights
 from .model import MLP
-from .optim import optimizer
+from .optim import STEPS_PER_RATE, optimizer
 from .products import select
 from .sources import Epoch, Resident, Streamed
 from .step_graph import Graphs, Program, Recorded, Recorder, Replayer
 
-STEPS_PER_LAUNCH = 16  # of a captured step; profile/ladder.py times others (launches.csv)
+STEPS_PER_LAUNCH = STEPS_PER_RATE  # of a captured step; profile/ladder.py times others (launches.csv)
 
 
 class ScratchLearner:
@@ -37,6 +39,11 @@ class ScratchLearner:
         self.products = products or select(config, device)
         workspace = self.products.workspace_bytes
         self.budget = memory.fit(config, device, self.sizes, len(data.labels), self.batch_size, workspace)
+        self._check_norm(train_rows)
+        weights = class_weights(data.labels, config, train_rows)
+        self._loss_options = {"label_smoothing": config.label_smoothing} if config.label_smoothing else {}
+        if weights is not None:
+            self._loss_options["class_weights"] = device.xp.asarray(weights)
         try:
             self._allocate(data, plan or forms.default(len(self.sizes) - 1, own=self.products.library is None))
         except MemoryError as error:  # CuPy's OutOfMemoryError is one too
@@ -47,15 +54,25 @@ class ScratchLearner:
         """Rows per step where train_rows are trained on."""
         return train_rows if config.batch_size == FULL else min(config.batch_size, train_rows)
 
+    def _check_norm(self, train_rows):
+        if self.config.batch_norm and self.batch_size > self.budget.rows:
+            raise InputError(
+                f"--batch-norm needs the whole batch at once, and of {self.batch_size:,} images the buffers hold "
+                f"{self.budget.rows:,}; give a smaller --batch-size or more memory"
+            )
+
     def _allocate(self, data, plan):
         config, device, xp, rows = self.config, self.device, self.device.xp, self.budget.rows
         self.recorder = Recorder()
         self.ops, self._arrays = Recorded(device.ops, self.recorder), Recorded(xp, self.recorder)
         self.model = MLP(
             self.sizes, config.activation, rows=rows, xp=xp, ops=device.ops, products=self.products, plan=plan,
-            recorder=self.recorder, seed=config.seed,
+            recorder=self.recorder, seed=config.seed, norm=config.batch_norm, dropout=config.dropout,
         )  # fmt: skip
         self.optimizer = optimizer(config, self.model.parameters, xp, self.ops)
+        self._steps = xp.zeros(1, np.float32) if self.optimizer.steps is None else self.optimizer.steps
+        # What is averaged from step to step, with its average.
+        self._averages = [(x, x.copy()) for x in self._states()] if config.ema else []
         self._x, self._y = xp.empty((rows, self.sizes[0]), np.float32), xp.empty(rows, np.int32)
         self._dlogits = xp.empty((rows, plan.columns(self.classes)), np.float32)
         # Loss and hits of the training epoch, the same of an evaluation, its confusion matrix: one copy reads all.
@@ -64,10 +81,15 @@ class ScratchLearner:
         self._confusion = self._results[4:].view(np.int64).reshape(self.classes, self.classes)
         self._offset, self._lr = xp.zeros(1, np.int64), xp.zeros(1, np.float32)
         self._at, self._rate = 0, 0.0  # what these two hold
+        self._draw = xp.zeros(1, np.int64)  # the epoch: each has its own noise and affine maps
+        self._altered = altered_images(config)
+        if self._altered:
+            self._altered["draw"] = self._draw
         self._sum = xp.empty_like(self.model.gradients) if self.batch_size > rows else None
         self.captures = device.kind == "cuda" and device.fused and self.products.captures
         self.steps_per_launch = STEPS_PER_LAUNCH if self.captures else 1
-        state = [self.model.parameters, self._results, self._offset, *self.optimizer.state]
+        state = [*self._states(), self._results, self._offset, self._steps, *self.optimizer.state]
+        state += [average for _, average in self._averages]
         state += [] if self._sum is None else [self._sum]
         self.replay = Replayer(self.recorder, Graphs(xp, state) if self.captures else None)
         if self.budget.window:
@@ -77,6 +99,23 @@ class ScratchLearner:
         images = len(data.labels)
         self._training, self._judging = Epoch(self.batch_size, rows, images), Epoch(rows, rows, images)
         self.annotate = nullcontext  # see ranges.py
+
+    @property
+    def notice(self) -> str:
+        """What the user should know."""
+        return self.products.notice
+
+    @property
+    def parameter_count(self) -> int:
+        return self.model.parameter_count
+
+    def provenance(self) -> dict:
+        """What decides the last bits of a run, beside the configuration."""
+        return {"plan": asdict(self.model.plan)}
+
+    def modules(self) -> list:
+        """The libraries whose versions do."""
+        return [self.device.xp]
 
     # ---- training
 
@@ -88,6 +127,7 @@ class ScratchLearner:
             shuffle = partial(self.device.ops.shuffle, seed=self.config.seed, epoch=epoch)
         if self.source.begin(self._training, index, shuffle):
             self.replay.forget()
+        self._draw[...] = epoch or 0
         self._totals[...] = 0
         self._read = None
 
@@ -151,10 +191,11 @@ class ScratchLearner:
         """One step on more rows than the buffers hold: the gradients of the chunks add up to those of the whole."""
         scale = 1.0 / (stop - start)
         with self.annotate("step"):
-            for window, row, rows in self._chunks(self._training, start, stop):
-                key = ("chunk", rows, window.key, scale, row == start)
-                self.replay(key, partial(self._chunk, rows, window, scale, row == start))
-            self.replay(("update",), self._update_from_chunks)
+            for window, begin, rows in self._chunks(self._training, start, stop):
+                row = begin - start if begin == start or self.config.dropout else 1  # only the first is another program
+                key = ("chunk", rows, window.key, scale, row)
+                self.replay(key, partial(self._chunk, rows, window, scale, row))
+            self.replay(("update",), partial(self._update, self._sum))
 
     def programs(self) -> dict[str, Program]:
         """What is executed for a batch, after begin_epoch(): one program, or those of a first chunk and the update."""
@@ -162,40 +203,40 @@ class ScratchLearner:
         window = self.source.window(self._training, 0)
         if self._sum is None:
             return {f"step of {rows:,} images": Program.of(self.recorder, partial(self._whole_step, rows, window))}
-        chunk = partial(self._chunk, rows, window, 1.0 / self.batch_size, True)
+        chunk = partial(self._chunk, rows, window, 1.0 / self.batch_size, 0)
         return {
             f"chunk of {rows:,} of {self.batch_size:,} images": Program.of(self.recorder, chunk),
-            "update after the last chunk": Program.of(self.recorder, self._update_from_chunks),
+            "update after the last chunk": Program.of(self.recorder, partial(self._update, self._sum)),
         }
 
     # ---- programs
 
     def _whole_step(self, rows, window):
         with self.recorder.early():  # the optimizer touches neither images nor the place in them
-            x, labels = self._gather(rows, window)
-        self._advance(rows, self.optimizer.steps)
+            x, labels = self._gather(rows, window, **self._altered)
+        self._advance(rows, self._steps)
         self._gradients(x, labels, 1.0 / rows)
         self.recorder.join()
-        with self.recorder.phase("optimizer"):
-            self.optimizer.step(self.model.parameters, self.model.gradients, self._lr)
+        self._update(self.model.gradients)
 
-    def _chunk(self, rows, window, scale, first):
-        x, labels = self._gather(rows, window)
-        self._advance(rows)
-        self._gradients(x, labels, scale)
+    def _chunk(self, rows, window, scale, row):
+        x, labels = self._gather(rows, window, **self._altered)
+        self._advance(rows, None if row else self._steps)
+        self._gradients(x, labels, scale, row)
         self.recorder.join()
-        if first:
-            self._arrays.copyto(self._sum, self.model.gradients)
-        else:
+        if row:
             self._arrays.add(self._sum, self.model.gradients, out=self._sum)
+        else:
+            self._arrays.copyto(self._sum, self.model.gradients)
 
-    def _update_from_chunks(self):
+    def _update(self, gradients):
         with self.recorder.phase("optimizer"):
-            self.ops.advance(self._offset, 0, self.optimizer.steps)
-            self.optimizer.step(self.model.parameters, self._sum, self._lr)
+            self.optimizer.step(self.model.parameters, gradients, self._lr)
+            for values, average in self._averages:
+                self.ops.average_step(average, values, decay=self.config.ema, step=self._steps)
 
     def _judge(self, rows, window, noise_sigma):
-        x, labels = self._gather(rows, window, noise_sigma)
+        x, labels = self._gather(rows, window, noise_sigma=noise_sigma)
         self._advance(rows)
         logits = self.model.forward(x)
         with self.recorder.phase("loss"):
@@ -204,28 +245,30 @@ class ScratchLearner:
                 classes=self.classes,
             )  # fmt: skip
 
-    def _gather(self, rows, window, noise_sigma=0.0):
+    def _gather(self, rows, window, **altered):
         """The next `rows` images and labels of the window: float32 (rows, D) and int32 (rows,)."""
         x, labels = self._x[:rows], self._y[:rows]
         with self.recorder.phase("gather"):
             self.ops.gather_batch(
                 window.images, window.labels, window.index, offset=self._offset, out_x=x, out_y=labels,
-                noise_sigma=noise_sigma, seed=self.config.seed, numbers=window.numbers,
+                seed=self.config.seed, numbers=window.numbers, **altered,
             )  # fmt: skip
         return x, labels
 
     def _advance(self, rows, steps=None):
-        """Beside what follows: the next batch begins `rows` further on, and the step has a new number."""
-        with self.recorder.phase("gather"), self.recorder.beside():
+        """The next batch begins `rows` further on, and the step has a new number: beside what follows, unless that
+        reads the number."""
+        beside = nullcontext() if steps is not None and self.config.dropout else self.recorder.beside()
+        with self.recorder.phase("gather"), beside:
             self.ops.advance(self._offset, rows, steps)
 
-    def _gradients(self, x, labels, scale):
-        logits = self.model.forward(x)
+    def _gradients(self, x, labels, scale, row=0):
+        logits = self.model.forward(x, training=True, step=self._steps, row=row)
         dlogits = self._dlogits[: len(x)]
         with self.recorder.phase("loss"):
             self.ops.softmax_cross_entropy(
-                logits, labels, scale, out=dlogits, totals=self._totals, classes=self.classes
-            )
+                logits, labels, scale, out=dlogits, totals=self._totals, classes=self.classes, **self._loss_options,
+            )  # fmt: skip
         self.model.backward(x, dlogits)
 
     # ---- results
@@ -245,7 +288,7 @@ class ScratchLearner:
         if self.source.begin(self._judging, index):
             self.replay.forget()
         self._results[2:] = 0
-        with self.annotate("validation"):
+        with self.annotate("validation"), self._averaged():
             for window, _, rows in self._chunks(self._judging, 0, len(index)):
                 key = ("evaluate", rows, window.key, noise_sigma)
                 self.replay(key, partial(self._judge, rows, window, noise_sigma))
@@ -258,14 +301,33 @@ class ScratchLearner:
             self._read = np.array(self.device.numpy(self._results))
         return self._read
 
+    def _states(self) -> list:
+        """The flat arrays that make the model what it is."""
+        return [self.model.parameters] + [self.model.running] * self.config.batch_norm
+
+    @contextmanager
+    def _averaged(self):
+        """The averages, if there are any, in the place of what they are averages of."""
+        kept = [values.copy() for values, _ in self._averages]
+        for values, average in self._averages:
+            values[...] = average
+        yield
+        for (values, _), before in zip(self._averages, kept):
+            values[...] = before
+
     def snapshot(self):
-        """A copy of the parameters on the device."""
-        return self.model.parameters.copy()
+        """A copy of what is judged, on the device: the parameters and running statistics, or their averages."""
+        return [average.copy() for _, average in self._averages] or [values.copy() for values in self._states()]
 
     def restore(self, snapshot) -> None:
-        """Take back the parameters of snapshot()."""
-        self.model.parameters[...] = snapshot
+        """Take back what snapshot() gave."""
+        for values, kept in zip(self._states(), snapshot):
+            values[...] = kept
+        for (_, average), kept in zip(self._averages, snapshot):
+            average[...] = kept
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The parameters on the host: weight0 (in, out), bias0 (out,), weight1, ..."""
-        return {name: np.ascontiguousarray(self.device.numpy(view)) for name, view in self.model.named_parameters()}
+        """On the host: weight0 (in, out), bias0 (out,), weight1, ...; with batch normalisation also norm_weight0,
+        norm_mean0, norm_var0 (out,), ..."""
+        views = (*self.model.named_parameters(), *self.model.named_buffers())
+        return {name: np.ascontiguousarray(self.device.numpy(view)) for name, view in views}

@@ -1,15 +1,19 @@
-"""The PyTorch twin of the from-scratch model, as the training loop sees it: what ours is compared and timed with."""
+"""The models in PyTorch, as the training loop sees them: what ours are compared and timed with, and M2 and M3."""
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
-from kernels import plain
+import kernels
+from kernels import BackendError, plain, torch_ops
 
 from . import InputError
 from .configs import FULL, Config
 from .data import Dataset
 from .evaluate import Evaluation
+from .loss import altered_images, class_weights
 from .model import initial_weights
 
 ACTIVATIONS = {
@@ -21,53 +25,130 @@ ACTIVATIONS = {
 }
 
 
-def sequential(sizes, activation: str, seed: int) -> nn.Sequential:
-    """A module per layer, with the activation in all but the last, and the initial weights of model.MLP."""
-    layers = []
-    for weight in initial_weights(sizes, seed):
-        linear = nn.utils.skip_init(nn.Linear, *weight.shape)  # leaves torch's generator alone
-        with torch.no_grad():
-            linear.weight.copy_(torch.from_numpy(weight.T))  # torch's are (out, in)
+@dataclass(frozen=True)
+class TorchDevice:
+    kind: str  # "cpu" or "cuda"
+    name: str
+
+
+def select(kind: str, fused: bool) -> TorchDevice:
+    """torch's device for `--device`: auto is the GPU where torch finds one. InputError where it cannot be had, or with
+    `fused` our kernels for it."""
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError("torch finds no GPU; install a torch built for CUDA on a machine with one, or use the CPU")
+    kind = "cuda" if kind != "cpu" and torch.cuda.is_available() else "cpu"
+    if fused:
+        from kernels import cuda, host
+
+        try:
+            (cuda if kind == "cuda" else host).check()
+        except BackendError as error:
+            raise InputError(f"--fused is not possible: {error}") from None
+    if kind == "cuda":
+        return TorchDevice(kind, torch.cuda.get_device_name())
+    from .device import cpu_name
+
+    return TorchDevice(kind, cpu_name())
+
+
+class FusedLinear(nn.Linear):
+    """A linear layer and the activation after it, by our kernel after torch's product."""
+
+    def __init__(self, n_in, n_out, activation, **options):
+        super().__init__(n_in, n_out, **options)
+        self.activation = activation
+
+    def forward(self, x):
+        return torch_ops.bias_act(x @ self.weight.T, self.bias, self.activation)
+
+
+def _layer(weight, config: Config, last: bool) -> nn.Sequential:
+    """Of a weight (in, out): a linear module first, and what follows it."""
+    n_in, n_out = weight.shape
+    norm = config.batch_norm and not last
+    if config.fused and not norm:
+        linear = nn.utils.skip_init(FusedLinear, n_in, n_out, "identity" if last else config.activation)
+        follow = []
+    else:  # skip_init leaves torch's generator alone
+        linear = nn.utils.skip_init(nn.Linear, n_in, n_out, bias=not norm)
+        follow = [nn.BatchNorm1d(n_out)] * norm + ([] if last else [ACTIVATIONS[config.activation]()])
+    if config.dropout and not last:
+        follow.append(nn.Dropout(config.dropout))
+    with torch.no_grad():
+        linear.weight.copy_(torch.from_numpy(weight.T))  # torch's are (out, in)
+        if linear.bias is not None:
             linear.bias.zero_()
-        layers.append(nn.Sequential(linear, ACTIVATIONS[activation]()))
-    layers[-1] = layers[-1][:1]
-    return nn.Sequential(*layers)
+    return nn.Sequential(linear, *follow)
+
+
+def sequential(sizes, config: Config) -> nn.Sequential:
+    """A module per layer, with the initial weights of model.MLP."""
+    weights = list(initial_weights(sizes, config.seed))
+    return nn.Sequential(*(_layer(w, config, last=number == len(weights)) for number, w in enumerate(weights, 1)))
 
 
 def optimizer(config: Config, parameters) -> torch.optim.Optimizer:
-    """The optimizer of `config`, in torch's fused form: one pass for all parameters on a GPU."""
+    """The optimizer of `config`: torch's in its fused form, one pass for all parameters on a GPU, or our Adam."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.l2, fused=True)
-    adam = torch.optim.AdamW if config.decoupled else torch.optim.Adam
-    betas = (config.beta1, config.beta2)
-    return adam(parameters, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.l2, fused=True)
+    options = dict(lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.l2)
+    if config.fused:
+        return torch_ops.FusedAdam(parameters, **options, decoupled_weight_decay=config.decoupled)
+    return (torch.optim.AdamW if config.decoupled else torch.optim.Adam)(parameters, **options, fused=True)
 
 
 class TorchLearner:
     """A model, its optimizer and its data set in torch on `kind`, "cpu" or "cuda"; see scratch.ScratchLearner.
 
-    compile: let torch.compile make one graph of the forward pass and the loss (and, with it, the backward pass).
+    With config.fused the activations, the loss, Adam and the gather of batches are our kernels; with config.compile
+    torch.compile makes one graph of the forward pass and the loss (and, with it, the backward pass).
     Nothing here waits for the GPU but totals() and evaluate(). InputError where there is no GPU for "cuda".
     """
 
     steps_per_launch = 1
     chunk_rows = 16384  # a larger batch is computed in chunks of so many rows
+    notice = ""
 
-    def __init__(self, config: Config, data: Dataset, kind: str, train_rows: int, *, compile: bool = False):
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise InputError("torch finds no GPU; install a torch built for CUDA on a machine with one, or use the CPU")
-        self.config, self.classes, self.compiled = config, len(data.class_names), compile
-        self.device = torch.device(kind)
+    def __init__(self, config: Config, data: Dataset, kind: str, train_rows: int):
+        self.config, self.classes, self.compiled = config, len(data.class_names), config.compile
+        self.device = torch.device(select(kind, config.fused).kind)
         self.batch_size = train_rows if config.batch_size == FULL else min(config.batch_size, train_rows)
+        if config.batch_norm and 1 in (self.batch_size, train_rows % self.batch_size):
+            raise InputError(
+                f"--batch-norm has no statistics of a single image, which the last batch of {train_rows:,} would be; "
+                "give another --batch-size"
+            )
+        if config.batch_norm and self.batch_size > self.chunk_rows:
+            raise InputError(f"--batch-norm takes batches of at most {self.chunk_rows:,} images; give a --batch-size")
         self.images = torch.from_numpy(data.images).to(self.device)
-        self.labels = torch.from_numpy(data.labels).to(self.device, torch.int64)
+        # Our kernels take int32, torch's loss int64.
+        self.labels = torch.from_numpy(data.labels).to(self.device, torch.int32 if config.fused else torch.int64)
         sizes = (data.images.shape[1], *config.hidden, self.classes)
-        self.model = sequential(sizes, config.activation, config.seed).to(self.device)
+        self.model = sequential(sizes, config).to(self.device)
+        if config.dropout:
+            torch.manual_seed(config.seed)
         self.optimizer = optimizer(config, self.model.parameters())
+        weights = class_weights(data.labels, config, train_rows)
+        self.class_weights = None if weights is None else torch.from_numpy(weights).to(self.device)
         # Not dynamic: a last batch of another size gets a graph of its own instead of a slower one for all.
+        compile = config.compile
         self.forward_loss = torch.compile(self._forward_loss, dynamic=False) if compile else self._forward_loss
+        self.averages = self._copies() if config.ema else None
+        self.steps = 0
         self._totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        self._order = None
+        self._order, self._draw, self._altered = None, 0, altered_images(config)
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def provenance(self) -> dict:
+        """What decides the last bits of a run, beside the configuration."""
+        return {"threads": torch.get_num_threads()}
+
+    def modules(self) -> list:
+        """The libraries whose versions do."""
+        return [torch]
 
     def begin_epoch(self, index: np.ndarray, epoch: int | None = None) -> None:
         """Take the images `index` for the batches to come, in their order or in the random one that the from-scratch
@@ -75,7 +156,7 @@ class TorchLearner:
         order = torch.from_numpy(index).to(self.device)
         if epoch is not None:
             order = plain.shuffle(order, seed=self.config.seed, epoch=epoch)
-        self._order = order.to(torch.int64)
+        self._order, self._draw = order.to(torch.int32), epoch or 0
         self._totals.zero_()
 
     def train(self, start: int, stop: int, lr: float) -> None:
@@ -87,28 +168,46 @@ class TorchLearner:
         """One optimizer step on the images order[start:stop]."""
         self.optimizer.zero_grad(set_to_none=True)
         for begin in range(start, stop, self.chunk_rows):
-            x, labels = self.gather(self._order[begin : min(begin + self.chunk_rows, stop)])
+            part = self._order[begin : min(begin + self.chunk_rows, stop)]
+            x, labels = self.gather(part, draw=self._draw, **self._altered)
             loss = self.forward_loss(x, labels)
             loss.backward(loss.new_full((), len(x) / (stop - start)))  # the chunk's share of the batch's mean
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        self.steps += 1
+        if self.averages is not None:
+            decay = min(self.config.ema, (1.0 + self.steps) / (10.0 + self.steps))
+            torch._foreach_lerp_(self.averages, self._states(), 1.0 - decay)
 
-    def gather(self, index, noise_sigma: float = 0.0):
-        """The images and labels at `index` (B,): float32 (B, 784) and int64 (B,)."""
-        # On a CPU images[index] takes 15 times as long as index_select, and uint8 * float 7 times as long as this.
-        x = self.images.index_select(0, index).to(torch.float32).mul_(1.0 / 255.0)
-        if noise_sigma:  # the same numbers as in our own learners, computed on the CPU
-            noise = plain.normals(np, index.cpu().numpy(), x.shape[1], self.config.seed)
-            x.add_(torch.from_numpy(noise).to(self.device), alpha=noise_sigma)
-        return x, self.labels[index]
+    def gather(self, index, *, draw: int = 0, **altered):
+        """The images and labels at `index` (B,): float32 (B, 784) and integers (B,). draw, altered: see
+        kernels.gather_batch."""
+        if self.config.fused:
+            number = torch.tensor([draw], device=self.device)
+            return kernels.gather_batch(
+                self.images, self.labels, index, seed=self.config.seed, draw=number, **altered
+            )
+        labels = self.labels.index_select(0, index)
+        if not altered:
+            # On a CPU images[index] takes 15 times as long as index_select, and uint8 * float 7 times as long as this.
+            return self.images.index_select(0, index).to(torch.float32).mul_(1.0 / 255.0), labels
+        host = (array.cpu().numpy() for array in (self.images, self.labels, index))  # as in our own learners, on the CPU
+        x, _ = plain.gather_batch(*host, seed=self.config.seed, draw=np.array([draw]), **altered)
+        return torch.from_numpy(x).to(self.device), labels
 
     def _forward_loss(self, x, labels):
-        return self.loss(self.model(x), labels, self._totals)
+        return self.loss(self.model(x), labels, self._totals, self.config.label_smoothing, self.class_weights)
 
-    def loss(self, logits, labels, totals):
+    def loss(self, logits, labels, totals, smoothing=0.0, weights=None):
         """The mean loss; the sum of the losses and the number of hits are added to `totals`."""
-        loss = nn.functional.cross_entropy(logits, labels)
+        if self.config.fused:
+            loss = torch_ops.softmax_cross_entropy(logits, labels, label_smoothing=smoothing, class_weights=weights)
+        else:
+            rows = nn.functional.cross_entropy(
+                logits, labels, label_smoothing=smoothing, reduction="mean" if weights is None else "none"
+            )
+            loss = rows if weights is None else (rows * weights[labels]).mean()
         totals[0] += loss.detach() * len(labels)
         totals[1] += (logits.argmax(dim=1) == labels).sum()
         return loss
@@ -126,31 +225,52 @@ class TorchLearner:
     @torch.no_grad()
     def evaluate(self, index: np.ndarray, noise_sigma: float = 0.0) -> Evaluation:
         """Loss and confusion matrix on the images `index`, with Gaussian noise added to the [0, 1] pixels."""
-        index = torch.from_numpy(index).to(self.device, torch.int64)
+        index = torch.from_numpy(index).to(self.device, torch.int32)
         totals = torch.zeros_like(self._totals)
         confusion = torch.zeros(self.classes**2, dtype=torch.int64, device=self.device)
+        kept = None if self.averages is None else self._copies()
+        self._take(self.averages)
+        self.model.eval()
         for part in index.split(self.chunk_rows):
-            x, labels = self.gather(part, noise_sigma)
+            x, labels = self.gather(part, **({"noise_sigma": noise_sigma} if noise_sigma else {}))
             logits = self.model(x)
             confusion += torch.bincount(labels * self.classes + logits.argmax(dim=1), minlength=self.classes**2)
             self.loss(logits, labels, totals)
+        self._take(kept)
+        self.model.train()
         matrix = confusion.cpu().numpy().reshape(self.classes, self.classes)
         return Evaluation(float(totals[0]) / len(index), matrix)
 
-    def snapshot(self) -> list[torch.Tensor]:
-        """A copy of the parameters on the device."""
-        return [parameter.detach().clone() for parameter in self.model.parameters()]
+    def _states(self) -> list[torch.Tensor]:
+        """The tensors that make the model what it is: parameters and running statistics."""
+        return [x.detach() for x in self.model.state_dict().values() if x.is_floating_point()]
+
+    def _copies(self) -> list[torch.Tensor]:
+        return [x.clone() for x in self._states()]
 
     @torch.no_grad()
+    def _take(self, values) -> None:
+        if values is not None:
+            torch._foreach_copy_(self._states(), values)
+
+    def snapshot(self) -> list[torch.Tensor]:
+        """A copy of what is judged, on the device: the parameters and running statistics, or their averages."""
+        return self._copies() if self.averages is None else [x.clone() for x in self.averages]
+
     def restore(self, snapshot) -> None:
-        """Take back the parameters of snapshot()."""
-        for parameter, kept in zip(self.model.parameters(), snapshot):
-            parameter.copy_(kept)
+        """Take back what snapshot() gave."""
+        self._take(snapshot)
+        if self.averages is not None:
+            self.averages = [x.clone() for x in snapshot]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The parameters on the host: weight0 (in, out), bias0 (out,), weight1, ..."""
-        named = {}
-        for layer, (linear, *_) in enumerate(self.model):
-            named[f"weight{layer}"] = np.ascontiguousarray(linear.weight.detach().cpu().numpy().T)
-            named[f"bias{layer}"] = linear.bias.detach().cpu().numpy()
-        return named
+        """The arrays of ScratchLearner.arrays(), on the host."""
+        named, norms = {}, {}
+        for layer, (linear, *rest) in enumerate(self.model):
+            named[f"weight{layer}"] = linear.weight.T
+            norm = next((module for module in rest if isinstance(module, nn.BatchNorm1d)), None)
+            named[f"bias{layer}"] = (norm or linear).bias
+            if norm:
+                norms[f"norm_weight{layer}"] = norm.weight
+                norms |= {f"norm_mean{layer}": norm.running_mean, f"norm_var{layer}": norm.running_var}
+        return {name: np.ascontiguousarray(x.detach().cpu().numpy()) for name, x in (named | norms).items()}

@@ -65,6 +65,7 @@ def _key(config, device, products, sizes, batch) -> str:
     workspace only, and a plan may have our products only where they are at hand."""
     library = f"cuBLASLt {products.library.version}, workspace {products.library.workspace_bytes}"
     model = "-".join(map(str, sizes)), config.activation, f"batch {batch}"
+    model += ("batch norm",) * config.batch_norm + ("dropout",) * (config.dropout > 0.0)
     return ", ".join([device.name, config.precision, *model, library, *(["own"] if products.own else [])])
 
 
@@ -107,14 +108,16 @@ def choose(times: list[dict[str, dict[str, float]]]) -> tuple[list[Form], float]
 def _times(config, device, products, sizes, batch, padded, timer) -> tuple[list[dict], dict]:
     """Seconds by layer, kind of product and form, by the fastest algorithm; and its number, by these three."""
     layers, xp, own, numbers = len(sizes) - 1, device.xp, products.own is not None, {}
+    treated = config.batch_norm or config.dropout > 0.0
     model = MLP(sizes, config.activation, rows=batch, xp=xp, ops=device.ops, products=products,
-                plan=Plan(default(layers).forms, padded))  # fmt: skip
+                plan=Plan(default(layers).forms, padded), norm=config.batch_norm, dropout=config.dropout)  # fmt: skip
     inputs = [xp.asarray(np.random.default_rng(n).random((batch, n), np.float32)) for n in sizes[:-1]]
     result = [{} for _ in range(layers)]
     for layer, x in enumerate(inputs):
         dz = xp.asarray(np.random.default_rng(layer).random((batch, len(model.biases[layer])), np.float32))
         read = model._factor(x), model._factor(dz)
-        for kind, options in candidates(layer, layers, config.activation, products.epilogues, own).items():
+        for kind, options in candidates(
+                layer, layers, config.activation, products.epilogues, own, treated).items():
             by = result[layer][kind] = {}
             for form, number in ((f, n) for f in options for n in range(1 if f == OWN else ALGORITHMS)):
                 forms, algorithms = (Form(**{kind: form}),) * layers, (Algorithms(**{kind: number}),) * layers

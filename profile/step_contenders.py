@@ -79,7 +79,13 @@ def learner(name: str, config: Config, data: Dataset, device: Device):
         return ours
     from mlp.torch_models import TorchLearner
 
-    return TorchLearner(config, data, device.kind, images, compile=name == COMPILED)
+    return TorchLearner(torch_config(config, compile=name == COMPILED), data, device.kind, images)
+
+
+def torch_config(config: Config, compile=False) -> Config:
+    """The same model in torch. What torch's products are rounded to is set_torch_precision()'s."""
+    ours = dict(precision="fp32", gemm="auto", memory_limit=None)  # which say nothing to torch
+    return replace(config, backend="torch", fused=False, compile=compile, **ours)
 
 
 def contender(learner, device: Device, run, repeats: int = 1) -> Contender:
@@ -126,7 +132,7 @@ def torch_captured(config: Config, data: Dataset, stream):
     from mlp.torch_models import TorchLearner
 
     images, batch = len(data.labels), config.batch_size
-    learner = TorchLearner(config, data, "cuda", images)
+    learner = TorchLearner(torch_config(config), data, "cuda", images)
     for group in learner.optimizer.param_groups:
         group["capturable"] = True
     order = torch.from_numpy(np.random.default_rng(1).permutation(images)).to("cuda")

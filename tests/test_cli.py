@@ -73,7 +73,7 @@ MISTAKES = [
     (("--hidden",), "--hidden"),
     (("--seed", "-1"), "--seed -1"),
     (("--activation", "sine"), "--activation sine"),
-    (("--schedule", "cosine"), "--schedule cosine"),
+    (("--schedule", "staircase"), "--schedule staircase"),
     (("--device", "tpu"), "--device tpu"),
     (("--momentum", "0.9"), "--momentum"),
     (("--model", "m0", "--decoupled"), "--decoupled"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlp import InputError, configs
+from mlp import InputError, configs, flags
 from mlp.configs import Config, preset
 
 from .training import ROOT
@@ -24,10 +24,16 @@ PUBLISHED = {
     "m1g": dict(hidden=(400, 240, 120), optimizer="adam", lr=0.001, patience=5),
     "m1h": dict(hidden=(370, 370), optimizer="adam", lr=0.001, patience=5),
     "m1": dict(hidden=(400, 240, 120), optimizer="adam", lr=0.001, patience=5),
+    "m2": dict(hidden=(400, 240, 120), optimizer="adam", lr=0.001, patience=5, backend="torch"),
+    "m3a": dict(hidden=(256, 128, 64, 64), activation="gelu", dropout=0.2, l2=1e-4, patience=7, backend="torch"),
+    "m3b": dict(
+        hidden=(400, 400), activation="silu", batch_norm=True, dropout=0.3, l2=1e-4, patience=7, backend="torch"
+    ),
 }
 DEFAULTS = dict(
     activation="relu", batch_size=512, schedule="constant", momentum=0.0, beta1=0.9, beta2=0.999, eps=1e-8,
-    l2=0.0, decoupled=False, epochs=30, patience=None, seed=0, data="auto", device="auto", fused=False,
+    l2=0.0, decoupled=False, batch_norm=False, dropout=0.0, backend="scratch", warmup=0, label_smoothing=0.0,
+    class_balance=0.0, ema=0.0, train_noise=0.0, augment=0.0, compile=False, epochs=30, patience=None, seed=0, data="auto", device="auto", fused=False,
     precision="fp32", gemm="auto", memory_limit=None,
 )  # fmt: skip
 PARAMETERS = {"m1": 444_847, "m1g": 444_847, "m1h": 445_157}
@@ -38,6 +44,12 @@ def test_presets_equal_the_published_models(name):
     config = preset(name)
     expected = DEFAULTS | PUBLISHED[name] | {"model": name}
     assert {field: getattr(config, field) for field in expected} == expected
+
+
+def test_a_derived_preset_has_no_hyperparameter_of_its_own():
+    m1, m3b = preset("m1"), preset("m3b")
+    assert preset("m2") == dataclasses.replace(m1, model="m2", backend="torch")
+    assert preset("m3") == dataclasses.replace(m3b, model="m3")
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -81,7 +93,7 @@ BAD = [
     ("--activation", "activation", "tanhh"),
     ("--activation", "activation", "identity"),
     ("--optimizer", "optimizer", "adamw"),
-    ("--schedule", "schedule", "cosine"),
+    ("--schedule", "schedule", "staircase"),
     ("--device", "device", "tpu"),
     ("--precision", "precision", "fp16"),
     ("--gemm", "gemm", "cutlass"),
@@ -110,6 +122,15 @@ BAD = [
     *[("--l2", "l2", value) for value in (-0.1, math.nan, math.inf)],
     *[("beta1", "beta1", value) for value in (-0.1, 1.0, math.nan)],  # at 1 the bias correction divides by 0
     *[("beta2", "beta2", value) for value in (-0.1, 1.0, math.nan)],
+    ("--backend", "backend", "jax"),
+    ("--warmup", "warmup", -1),
+    ("--warmup", "warmup", 31),  # longer than the training
+    *[("--dropout", "dropout", value) for value in (-0.1, 1.0, math.nan)],
+    *[("--label-smoothing", "label_smoothing", value) for value in (-0.1, 1.0, math.nan)],
+    *[("--class-balance", "class_balance", value) for value in (-0.1, 1.0, math.nan)],
+    *[("--ema", "ema", value) for value in (-0.1, 1.0, math.nan)],
+    *[("--train-noise", "train_noise", value) for value in (-0.1, 11.0, math.nan)],
+    *[("--augment", "augment", value) for value in (-0.1, 3.5, math.nan)],
     *[("eps", "eps", value) for value in (0.0, -1e-8, math.nan, math.inf)],
 ]
 
@@ -138,6 +159,15 @@ def test_options_of_the_other_optimizer_are_refused():
         preset("m0", decoupled=True)
 
 
+@pytest.mark.parametrize("field, value", [("precision", "tf32"), ("gemm", "cupy"), ("memory_limit", 10**9)])
+def test_options_of_the_other_backend_are_refused(field, value):
+    with pytest.raises(InputError, match=f"^--{field.replace('_', '-')} belongs to --backend scratch"):
+        preset("m2", **{field: value})
+    with pytest.raises(InputError, match="^--compile belongs to --backend torch"):
+        preset("m1", compile=True)
+    assert preset("m2", compile=True).compile and preset("m1", backend="torch", compile=True).compile
+
+
 def test_an_unknown_preset_is_named_and_the_known_are_listed():
     with pytest.raises(InputError, match="^--model m9 is unknown.*m0, m1"):
         preset("m9")
@@ -151,17 +181,17 @@ def test_a_config_cannot_be_changed():
 
 
 def test_parse_hidden():
-    assert configs.parse_hidden("400,240,120") == (400, 240, 120) and configs.parse_hidden(" 7 ") == (7,)
+    assert flags.parse_hidden("400,240,120") == (400, 240, 120) and flags.parse_hidden(" 7 ") == (7,)
     for text in ("", ",", "400,", "400,x", "400;240", "4.5", "[4]"):
         with pytest.raises(InputError, match="^--hidden "):
-            configs.parse_hidden(text)
+            flags.parse_hidden(text)
 
 
 def test_parse_batch_size():
-    assert (configs.parse_batch_size("512"), configs.parse_batch_size("full")) == (512, "full")
+    assert (flags.parse_batch_size("512"), flags.parse_batch_size("full")) == (512, "full")
     for text in ("", "x", "1.5", "Full", "1e3"):
         with pytest.raises(InputError, match="^--batch-size "):
-            configs.parse_batch_size(text)
+            flags.parse_batch_size(text)
 
 
 @pytest.mark.parametrize(

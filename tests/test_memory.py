@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlp import InputError, configs, memory
+from mlp import InputError, configs, flags, memory
 from mlp.data import stratified_split
 from mlp.loop import fit
 from mlp.scratch import ScratchLearner
@@ -164,15 +164,15 @@ def test_a_missing_wait_is_noticed(monkeypatch, event):
     ("4GB", 4 * 10**9), ("512MiB", 512 * 2**20), ("1000", 1000), ("1.5k", 1500), ("2gib", 2**31),
 ])  # fmt: skip
 def test_amounts_of_memory(text, value):
-    assert configs.parse_bytes(text) == value
+    assert flags.parse_bytes(text) == value
 
 
 @pytest.mark.parametrize("text", ["", "GB", "4XB", "-", "1e999GB", "nanGB"])
 def test_amounts_of_memory_that_are_none(text):
     with pytest.raises(InputError, match="--memory-limit"):
-        configs.parse_bytes(text)
+        flags.parse_bytes(text)
 
 
 @pytest.mark.parametrize("count, text", [(999, "999 B"), (1000, "1 KB"), (1_234_567, "1.24 MB"), (4 * 10**9, "4 GB")])
 def test_amounts_are_written_rounded_up(count, text):
-    assert configs.format_bytes(count) == text
+    assert flags.format_bytes(count) == text

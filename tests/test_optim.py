@@ -1,5 +1,7 @@
 """The optimizers against torch.optim, and the learning-rate schedules against their formulas."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -87,3 +89,23 @@ def test_exponential_schedule_multiplies_by_gamma():
     published = configs.preset("m1f")
     assert learning_rate(published, 29) == pytest.approx(0.001 * 0.98**29, rel=1e-12)
     assert 0.0 <= learning_rate(published, 10**6) < 1e-300
+
+
+def test_cosine_schedule_falls_with_every_step_from_the_rate_to_zero():
+    config = configs.preset("m1", lr=0.01, schedule="cosine", epochs=4)
+    rates = [learning_rate(config, epoch, done) for epoch in range(4) for done in (0.0, 0.25, 0.5, 0.75)]
+    assert rates == pytest.approx([0.005 * (1 + math.cos(math.pi * k / 16)) for k in range(16)], rel=1e-12)
+    assert rates == sorted(rates, reverse=True) and learning_rate(config, 3, 1.0) == 0.0
+
+
+@pytest.mark.parametrize("schedule", configs.SCHEDULES)
+def test_the_warm_up_rises_to_what_the_schedule_says(schedule):
+    config = configs.preset("m1", lr=0.01, schedule=schedule, decay=1e-4, gamma=0.9, epochs=6, warmup=2)
+    rates = [learning_rate(config, epoch, done) for epoch in (0, 1) for done in (0.0, 0.5, 0.9)]
+    assert rates[0] == 0.0 and rates[:3] == sorted(rates[:3]) and rates[3:] == sorted(rates[3:])
+    base = {"linear": 0.0099, "exponential": 0.009}.get(schedule, 0.01)  # of the second epoch
+    assert rates[1] == pytest.approx(0.01 / 4, rel=1e-12) and rates[4] == pytest.approx(base * 0.75, rel=1e-12)
+    whole = configs.preset("m1", lr=0.01, schedule=schedule, decay=1e-4, gamma=0.9, epochs=6)
+    if schedule != "cosine":  # which has fewer epochs left to fall in
+        assert learning_rate(config, 2, 0.25) == learning_rate(whole, 2, 0.25)
+    assert learning_rate(configs.preset("m1", lr=0.01, schedule="cosine", epochs=2, warmup=2), 1, 1.0) == 0.01

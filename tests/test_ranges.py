@@ -28,13 +28,12 @@ SPLIT = stratified_split(DATA.labels)
 
 def make(kind, chunk_rows=2048, compile=False):
     """A learner for the training images of DATA."""
-    config = configs.preset("m1", **CHANGES)
     assert len(SPLIT.train) == ROWS
     if kind in BACKENDS:
-        return ScratchLearner(config, DATA, cpu(kind, chunk_rows), ROWS)
+        return ScratchLearner(configs.preset("m1", **CHANGES), DATA, cpu(kind, chunk_rows), ROWS)
     from mlp.torch_models import TorchLearner  # takes seconds, and subprocesses of test_nvtx.py do without
 
-    learner = TorchLearner(config, DATA, "cpu", ROWS, compile=compile)
+    learner = TorchLearner(configs.preset("m2", compile=compile, **CHANGES), DATA, "cpu", ROWS)
     learner.chunk_rows = chunk_rows
     return learner
 

@@ -22,8 +22,11 @@ CHANGES = [
     dict(activation="gelu", l2=0.01),
     dict(batch_size="full"),
     dict(batch_size=100),  # chunks of 64 and a rest
+    dict(batch_norm=True, dropout=0.3, activation="silu", ema=0.9, label_smoothing=0.1, class_balance=0.9),
+    dict(batch_size=100, dropout=0.3, ema=0.9, optimizer="sgd"),
+    dict(train_noise=0.3, augment=1.0, schedule="cosine", warmup=1),
 ]
-IDS = ["adam", "momentum", "gelu", "full", "chunks"]
+IDS = ["adam", "momentum", "gelu", "full", "chunks", "m3", "dropped chunks", "altered images"]
 
 
 class Eager(ScratchLearner):
@@ -44,8 +47,8 @@ def trained(learner):
     rows = fit(learner, SPLIT, learner.config).rows
     numbers = [[row.train_loss, row.train_accuracy, row.val_loss, row.val_accuracy] for row in rows]
     judged = learner.evaluate(SPLIT.test, 0.3)
-    state = [learner.model.parameters, *learner.optimizer.state, judged.confusion, np.array(judged.cross_entropy)]
-    return [np.array(numbers), *state]
+    state = [*learner._states(), *learner.optimizer.state, judged.confusion, np.array(judged.cross_entropy)]
+    return [np.array(numbers), *state, *(average for _, average in learner._averages)]
 
 
 def assert_equal_runs(one, other):

@@ -15,9 +15,9 @@ DATA = easy_dataset(300, 7)
 HIDDEN = (96, 40)
 
 
-def twin(compile=False, **changes):
-    config = configs.preset("m1", hidden=HIDDEN, **changes)
-    return TorchLearner(config, DATA, "cpu", len(DATA.labels), compile=compile)
+def twin(**changes):
+    config = configs.preset("m2", hidden=HIDDEN, **changes)
+    return TorchLearner(config, DATA, "cpu", len(DATA.labels))
 
 
 def twenty_steps(ours, rows):
@@ -72,7 +72,7 @@ def test_a_batch_in_chunks_is_the_same_step():
 
 def test_the_loop_trains_it():
     split = stratified_split(DATA.labels)
-    theirs = TorchLearner(configs.preset("m1", hidden=HIDDEN, epochs=8, batch_size=64), DATA, "cpu", len(split.train))
+    theirs = TorchLearner(configs.preset("m2", hidden=HIDDEN, epochs=8, batch_size=64), DATA, "cpu", len(split.train))
     history = fit(theirs, split, theirs.config)
     assert history.outcome == "finished" and history.rows[-1].val_loss < 0.8 * history.rows[0].val_loss
     best = theirs.evaluate(split.val).cross_entropy
@@ -88,7 +88,7 @@ def test_compiled_steps_are_the_same_and_one_graph(monkeypatch):
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend=backend, **options))
-    (loss, hits), (compiled_loss, compiled_hits) = (twenty_steps(twin(compile), 32) for compile in (False, True))
+    (loss, hits), (compiled_loss, compiled_hits) = (twenty_steps(twin(compile=compile), 32) for compile in (False, True))
     assert len(graphs) == 1
     assert (np.abs(compiled_loss - loss) <= 1e-5 * loss).all() and np.array_equal(hits, compiled_hits)
 
@@ -96,4 +96,4 @@ def test_compiled_steps_are_the_same_and_one_graph(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch finds a GPU here")
 def test_cuda_without_a_gpu_is_refused():
     with pytest.raises(InputError, match="torch finds no GPU"):
-        TorchLearner(configs.preset("m1"), DATA, "cuda", 300)
+        TorchLearner(configs.preset("m2"), DATA, "cuda", 300)
