@@ -1,7 +1,7 @@
 """Fused kernels for training a classifier: the same ops on NumPy, CuPy and torch arrays.
 
-    from kernels import bias_act, bias_act_backward, softmax_cross_entropy, adam_step, sgd_step
-    from kernels import gather_batch, shuffle, advance, to_bfloat16
+    from kernels import bias_act, bias_act_backward, softmax_cross_entropy, adam_step, sgd_step, average_step
+    from kernels import gather_batch, Augment, shuffle, advance, to_bfloat16
 
 `kernels.plain` holds the same ops in ordinary array code: the baseline and the reference.
 """
@@ -11,24 +11,25 @@ class BackendError(RuntimeError):
     """The compiled kernels for this kind of array cannot be used; the message says what to run."""
 
 
-from .ops import (  # noqa: E402  (ops needs BackendError)
-    ACTIVATIONS,
+from .arguments import ACTIVATIONS  # noqa: E402  (what follows needs BackendError)
+from .batch_ops import Augment, advance, gather_batch, shuffle  # noqa: E402
+from .ops import (  # noqa: E402
     adam_step,
-    advance,
+    average_step,
     bias_act,
     bias_act_backward,
-    gather_batch,
     sgd_step,
-    shuffle,
     softmax_cross_entropy,
     to_bfloat16,
 )
 
 __all__ = [
     "ACTIVATIONS",
+    "Augment",
     "BackendError",
     "adam_step",
     "advance",
+    "average_step",
     "bias_act",
     "bias_act_backward",
     "gather_batch",

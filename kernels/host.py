@@ -6,6 +6,7 @@ sources that lie here now.
 
 import ctypes
 import functools
+import math
 import os
 from pathlib import Path
 
@@ -19,10 +20,11 @@ _P, _L, _I, _F, _U = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int, ctypes.c_
 _SIGNATURES = {
     "bias_act_": [_P, _P, _P, _L, _L],
     "bias_act_backward_": [_P, _P, _P, _P, _P, _L, _L],
-    "softmax_xent": [_P, _P, _P, _P, _P, _P, _L, _I, _I, _F],
+    "softmax_xent": [_P, _P, _P, _P, _P, _P, _L, _I, _I, _F, _F, _F, _P],
     "adam": [_P, _P, _P, _P, _L, _F, _F, _F, _F, _F, _F, _I],
     "sgd": [_P, _P, _P, _L, _F, _F, _F],
-    "gather": [_P, _P, _P, _P, _P, _P, _P, _P, _L, _L, _L, _I, _I, _F, _F, _F, _U, _U],
+    "average": [_P, _P, _L, _F, _F],
+    "gather": [*[_P] * 9, _L, _L, _L, _I, _I, _F, _F, _F, _I, _I, _F, _F, _F, _F, _U, _U],
     "shuffle": [_P, _P, _L, _U, _U, _U],
     "advance": [_P, _L, _P],
     "to_bfloat16": [_P, _P, _L],
@@ -128,11 +130,11 @@ def bias_act_backward(dy, saved, bias, activation, dz, dbias):
     )
 
 
-def softmax_cross_entropy(logits, labels, C, scale, dlogits, loss, totals, confusion):
+def softmax_cross_entropy(logits, labels, C, scale, smoothing, weights, dlogits, loss, totals, confusion):
     B, N = logits.shape
     _function("softmax_xent")(
         _pointer(logits), _pointer(labels), _pointer(dlogits), _pointer(loss), _pointer(totals), _pointer(confusion),
-        B, C, N, scale,
+        B, C, N, scale, 1.0 - smoothing, smoothing / C, _pointer(weights),
     )  # fmt: skip
 
 
@@ -147,10 +149,17 @@ def sgd_step(p, g, velocity, lr, momentum, weight_decay):
     _function("sgd")(_pointer(p), _pointer(g), _pointer(velocity), p.size, _number(lr), momentum, weight_decay)
 
 
-def gather_batch(images, labels, numbers, index, offset, affine, x, y, side, mean, scale, noise_sigma, seed):
+def average_step(average, p, decay, step):
+    _function("average")(_pointer(average), _pointer(p), p.size, 1.0 - decay, _number(step))
+
+
+def gather_batch(
+    images, labels, numbers, index, offset, draw, affine, x, y, mean, scale, noise_sigma, noise_uniform, augment, seed
+):
     _function("gather")(
-        _pointer(images), _pointer(labels), _pointer(numbers), _pointer(index), _pointer(offset), _pointer(affine),
-        _pointer(x), _pointer(y), x.shape[0], index.size, *images.shape, side, mean, scale, noise_sigma,
+        _pointer(images), _pointer(labels), _pointer(numbers), _pointer(index), _pointer(offset), _pointer(draw),
+        _pointer(affine), _pointer(x), _pointer(y), x.shape[0], index.size, *images.shape, math.isqrt(images.shape[1]),
+        mean, scale, noise_sigma, noise_uniform, augment is not None, *(augment or (0.0, 0.0, 0.0, 0.0)),
         seed & 0xFFFFFFFF, seed >> 32,
     )  # fmt: skip
 

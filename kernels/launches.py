@@ -6,6 +6,8 @@ used to execute the kernels thread by thread, without a GPU. They do not ask how
 the same GPU adds in the same order whoever compiled. Arguments arrive checked by ops.py.
 """
 
+import math
+
 import numpy as np
 
 THREADS = 256
@@ -105,13 +107,14 @@ class Launches:
              _pointer(self._device.counters(grid[0]) if grid[1] > 1 else None), np.int64(B), np.int64(N)),
         )  # fmt: skip
 
-    def softmax_cross_entropy(self, logits, labels, C, scale, dlogits, loss, totals, confusion):
+    def softmax_cross_entropy(self, logits, labels, C, scale, smoothing, weights, dlogits, loss, totals, confusion):
         B, N = logits.shape
         grid, block = row_shape(B, C, self._device.multiprocessors(), self._device.room())
         self._device.function(f"softmax_xent_{softmax_items(C)}")(
             grid, block,
             (logits, labels, dlogits, loss, _pointer(totals), _pointer(confusion), self.empty((grid[0], 2)),
-             self._device.counters(1), np.int64(B), np.int32(C), np.int32(N), np.float32(scale)),
+             self._device.counters(1), np.int64(B), np.int32(C), np.int32(N), np.float32(scale),
+             np.float32(1.0 - smoothing), np.float32(smoothing / C), _pointer(weights)),
         )  # fmt: skip
 
     def _scalar(self, value):
@@ -136,14 +139,27 @@ class Launches:
              np.float32(weight_decay)),
         )  # fmt: skip
 
-    def gather_batch(self, images, labels, numbers, index, offset, affine, x, y, side, mean, scale, noise_sigma, seed):
+    def average_step(self, average, p, decay, step):
+        grid, block = self._flat_shape(p.size)
+        args = average, p, np.int64(p.size), np.float32(1.0 - decay), *self._scalar(step)
+        self._device.function("average")(grid, block, args)
+
+    def gather_batch(self, images, labels, numbers, index, offset, draw, affine, x, y, mean, scale, noise_sigma,
+                     noise_uniform, augment, seed):  # fmt: skip
         (M, D), B = images.shape, x.shape[0]
-        grid, block = self._flat_shape(B * 4 * _divide_up(D, 4), GATHER_WORDS, GATHER_BLOCKS)
-        self._device.function("gather" if numbers is None else "gather_part")(
+        as_they_are = affine is None and augment is None and noise_sigma == 0
+        grid, block = self._flat_shape(B * 4 * _divide_up(D, 4), GATHER_WORDS if as_they_are else 1, GATHER_BLOCKS)
+        sizes = np.int64(B), np.int64(index.size), np.int64(M), np.int32(D)
+        normalisation = np.float32(mean), np.float32(scale)
+        if as_they_are:
+            args = images, labels, index, _pointer(offset), x, y, *sizes, *normalisation
+            self._device.function("gather")(grid, block, args)
+            return
+        self._device.function("gather_augmented")(
             grid, block,
-            (images, labels, _pointer(numbers), index, _pointer(offset), _pointer(affine), x, y, np.int64(B),
-             np.int64(index.size), np.int64(M), np.int32(D), np.int32(side), np.float32(mean), np.float32(scale),
-             np.float32(noise_sigma), *_halves(seed)),
+            (images, labels, _pointer(numbers), index, _pointer(offset), _pointer(draw), _pointer(affine), x, y, *sizes,
+             np.int32(math.isqrt(D)), *normalisation, np.float32(noise_sigma), np.int32(noise_uniform),
+             np.int32(augment is not None), *map(np.float32, augment or (0, 0, 0, 0)), *_halves(seed)),
         )  # fmt: skip
 
     def shuffle(self, index, out, seed, epoch):

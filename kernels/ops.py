@@ -5,7 +5,7 @@ unless said otherwise, all of one kind and on the current device. Results go int
 synchronises with the GPU. A wrong kind or dtype raises TypeError, a wrong shape or layout ValueError; both
 name the argument and what was expected. BackendError says that the compiled kernels are missing.
 
-Letters: B rows of the batch, N columns or elements, C classes, P parameters, M images, D pixels.
+Letters: B rows of the batch, N columns or elements, C classes, P parameters. Ops on data sets are in batch_ops.py.
 """
 
 import functools
@@ -14,12 +14,10 @@ import math
 import numpy as np
 
 from .arguments import (
-    ACTIVATIONS,
     FLOAT32,
     FLOAT64,
     INT32,
     INT64,
-    UINT8,
     UINT16,
     check,
     check_activation,
@@ -28,7 +26,6 @@ from .arguments import (
     check_scalar,
     check_whole,
     is_cupy,
-    one_element,
 )
 from .interop import accepts_torch
 
@@ -96,12 +93,18 @@ def bias_act_backward(dy, saved, activation="relu", bias=None, out=None, bias_gr
 
 
 @accepts_torch
-def softmax_cross_entropy(logits, labels, scale=None, out=None, totals=None, confusion=None, classes=None):
+def softmax_cross_entropy(
+    logits, labels, scale=None, out=None, totals=None, confusion=None, classes=None, label_smoothing=0.0,
+    class_weights=None,
+):  # fmt: skip
     """Loss and gradient: logits (B, N), labels int32 (B,) -> loss (0-d), dlogits (B, N).
 
     loss = scale * sum of the row losses -log softmax(logits)[label]; scale defaults to 1 / B, which makes it
     the mean; an explicit scale lets chunks of a larger batch add up. dlogits is its gradient. A label outside
     [0, C) or a NaN logit makes the loss and that row of dlogits NaN. `out` may be logits.
+    label_smoothing: e in [0, 1); the target is then 1 - e at the label and e / C at every class, as in
+    torch.nn.functional.cross_entropy. class_weights: float32 (C,); a row's loss, smoothed or not, is multiplied by
+    the weight of its label. The scale stays what it is: weights of mean 1 over the rows keep the loss a mean.
     totals: float64 (2,), to which the sum of the row losses and the number of rows whose label is the first
     largest logit are added: an epoch's loss and accuracy without leaving the device.
     confusion: int64 (C, C), to which each row with a label in [0, C) adds 1 at [label, prediction]: the first
@@ -124,13 +127,18 @@ def softmax_cross_entropy(logits, labels, scale=None, out=None, totals=None, con
         scale = 1.0 / B if B else math.nan
     else:
         check_number("scale", scale)
+    check_number("label_smoothing", label_smoothing, 0.0, 1.0)
+    if class_weights is not None:
+        check("class_weights", class_weights, logits, FLOAT32, C)
     out = _output(backend, "out", out, logits, FLOAT32, B, N)
     if totals is not None:
         check_output("totals", totals, logits, FLOAT64, 2)
     if confusion is not None:
         check_output("confusion", confusion, logits, INT64, C, C)
     loss = backend.empty(())
-    backend.softmax_cross_entropy(logits, labels, C, scale, out, loss, totals, confusion)
+    backend.softmax_cross_entropy(
+        logits, labels, C, scale, label_smoothing, class_weights, out, loss, totals, confusion
+    )
     return loss, out
 
 
@@ -177,88 +185,19 @@ def sgd_step(p, g, velocity=None, *, lr, momentum=0.0, weight_decay=0.0):
 
 
 @accepts_torch
-def gather_batch(
-    images, labels, index, *, offset=None, out_x=None, out_y=None, mean=0.0, scale=1.0, noise_sigma=0.0, seed=0,
-    numbers=None, affine=None,
-):  # fmt: skip
-    """A batch from a uint8 dataset: images (M, D) uint8, labels (M,) int32, index (B,) int32
-    -> x (B, D) float32 = (pixel / 255 + noise_sigma * normal - mean) * scale, y (B,) int32.
+def average_step(average, p, *, decay, step):
+    """Moves the exponential moving average of parameters on, flat arrays (P,), in place on average, in one launch.
 
-    The noise depends on `seed` (64 bits), the image's index and the pixel alone, so it is the same for any
-    batch size and order (Philox4x32-10, Salmon et al. 2011). numbers: int32 (M,), what counts as the images' indices
-    then, where they are a part of a data set. affine: float32 (B, 2, 3), for square images:
-    the matrix that takes an output pixel's (column, row, 1) from the centre to the source pixel's, sampled
-    bilinearly, 0 outside. An index outside [0, M) gives a NaN row and label -1.
-    offset: int64 array of one element, which is read when the kernel runs: the batch is then
-    index[offset : offset + B] of an index of any length, where B is the number of rows of `out_x`, which must
-    be given; a position outside the index gives a NaN row and label -1, too.
+    average += (1 - d) * (p - average) with d = min(decay, (1 + step) / (10 + step)): the first parameters, which are
+    random, are soon forgotten (TensorFlow's ExponentialMovingAverage with num_updates). step counts from 1; it may also be a
+    float32 array of one element on the device of p, as in adam_step. Returns None.
     """
-    backend = _backend("images", images)
-    check("images", images, images, UINT8, None, None)
-    M, D = images.shape
-    if D < 1:
-        raise ValueError(f"images must have at least one pixel, got shape {images.shape}")
-    check("labels", labels, images, INT32, M)
-    check("index", index, images, INT32, None)
-    B, side = index.size, math.isqrt(D)
-    if numbers is not None:
-        check("numbers", numbers, images, INT32, M)
-    if offset is not None:
-        check("offset", offset, images, INT64, *one_element(offset))
-        if out_x is None:
-            raise ValueError("out_x must be given where offset is: its rows say how many images the batch has")
-        check_output("out_x", out_x, images, FLOAT32, None, D)
-        B = out_x.shape[0]
-    if affine is not None:
-        check("affine", affine, images, FLOAT32, B, 2, 3)
-        if side * side != D:
-            raise ValueError(f"affine needs square images, got {D} pixels")
-    check_number("mean", mean)
-    check_number("scale", scale)
-    check_number("noise_sigma", noise_sigma, 0.0)
-    check_whole("seed", seed, 0, 2**64)
-    out_x = _output(backend, "out_x", out_x, images, FLOAT32, B, D)
-    out_y = _output(backend, "out_y", out_y, images, INT32, B)
-    backend.gather_batch(
-        images, labels, numbers, index, offset, affine, out_x, out_y, side, mean, scale, noise_sigma, int(seed)
-    )
-    return out_x, out_y
-
-
-@accepts_torch
-def advance(offset, by, step=None):
-    """offset (int64, one element) += by, a whole number from 0 on, and step (float32, one element) += 1, in place.
-
-    In one launch, so that a captured training step moves on by itself: the offset is gather_batch's and the step
-    adam_step's, which counts exactly up to 2^24. Returns None.
-    """
-    backend = _backend("offset", offset)
-    check_output("offset", offset, offset, INT64, *one_element(offset))
-    check_whole("by", by, 0, 2**63)
-    if step is not None:
-        check_output("step", step, offset, FLOAT32, *one_element(step))
-    backend.advance(offset, int(by), step)
-
-
-@accepts_torch
-def shuffle(index, *, seed=0, epoch=0, out=None):
-    """The elements of index, int32 (N,), in a random order -> int32 (N,); N is at most 2^31.
-
-    The order depends on `seed` (64 bits), `epoch` (32 bits) and N alone: it is the same on every device. `out`
-    must not share memory with index. A Feistel network with cycle walking permutes the positions (see
-    src/shuffle.cuh; after Mitchell et al., "Bandwidth-optimal random shuffling for GPUs", 2021).
-    """
-    backend = _backend("index", index)
-    check("index", index, index, INT32, None)
-    if index.size > 2**31:
-        raise ValueError(f"index must have at most 2^31 elements, got {index.size}")
-    check_whole("seed", seed, 0, 2**64)
-    check_whole("epoch", epoch, 0, 2**32)
-    if out is index:
-        raise ValueError("out must not be index, which is read in another order; pass another array")
-    out = _output(backend, "out", out, index, INT32, index.size)
-    backend.shuffle(index, out, int(seed), int(epoch))
-    return out
+    backend = _backend("average", average)
+    check_output("average", average, average, FLOAT32, None)
+    check("p", p, average, FLOAT32, average.size)
+    check_number("decay", decay, 0.0, 1.0)
+    check_scalar("step", step, average, 1)
+    backend.average_step(average, p, decay, step)
 
 
 @accepts_torch

@@ -4,12 +4,19 @@ Shuffling uses only operators that NumPy, CuPy and torch share, on int64 arrays.
 """
 
 import math
+import sys
 
 import numpy as np
 
-FOR_NOISE, FOR_SHUFFLE = 0, 1  # the last word of a counter says what its bits are for
+FOR_NOISE, FOR_SHUFFLE, FOR_AUGMENT = 0, 1, 2  # the last word of a counter says what its bits are for
 ROUNDS, LEAST_BITS = 8, 8  # of the network that shuffles
 _LOW = 0xFFFFFFFF
+
+
+def array_module(array):
+    """numpy or cupy, whichever `array` belongs to. CuPy is not imported for a NumPy array."""
+    cupy = sys.modules.get("cupy")
+    return cupy if cupy is not None and isinstance(array, cupy.ndarray) else np
 
 
 def philox4x32(xp, counters, key0, key1):
@@ -26,14 +33,29 @@ def philox4x32(xp, counters, key0, key1):
     return c0, c1, c2, c3
 
 
-def normals(xp, index, count, seed):
-    """Standard normal (B, count) float32 noise that depends on the seed, the image's index and the pixel alone."""
+def _units(xp, bits):
+    """Numbers in (0, 1) of 23 of 32 random bits: float32, exact."""
+    return ((bits >> xp.uint64(9)).astype(xp.float32) + xp.float32(0.5)) * xp.float32(2.0**-23)
+
+
+def _words(xp, index, blocks, use, seed, draw):
+    """Philox's four words (B, blocks) of the counters (block, image, draw, use). draw: an array of one element, or None."""
+    zero = xp.zeros((len(index), blocks), xp.uint64)
+    image, block = index.astype(xp.uint64)[:, None], xp.arange(blocks, dtype=xp.uint64)
+    draw = xp.uint64(0) if draw is None else draw.reshape(1).astype(xp.uint64) & xp.uint64(_LOW)
+    return philox4x32(xp, (zero + block, zero + image, zero + draw, zero + xp.uint64(use)), seed & _LOW, seed >> 32)
+
+
+def image_units(xp, index, seed, draw=None):
+    """Eight uniform numbers of each image, (8, B) float32."""
+    words = _words(xp, index, 2, FOR_AUGMENT, seed, draw)
+    return _units(xp, xp.stack([word[:, block] for block in (0, 1) for word in words]))
+
+
+def normals(xp, index, count, seed, draw=None):
+    """Standard normal (B, count) float32 noise that depends on the seed, the image's index, the pixel and draw alone."""
     quads = -(-count // 4)
-    zero = xp.zeros((len(index), quads), xp.uint64)
-    image, use = index.astype(xp.uint64)[:, None], xp.uint64(FOR_NOISE)
-    counters = zero + xp.arange(quads, dtype=xp.uint64), zero + image, zero, zero + use
-    bits = philox4x32(xp, counters, seed & 0xFFFFFFFF, seed >> 32)
-    units = [((b >> xp.uint64(9)).astype(xp.float32) + xp.float32(0.5)) * xp.float32(2.0**-23) for b in bits]
+    units = [_units(xp, word) for word in _words(xp, index, quads, FOR_NOISE, seed, draw)]
     noise = xp.empty((len(index), quads, 4), xp.float32)
     for k in (0, 2):
         radius = xp.sqrt(-2.0 * xp.log(units[k]))

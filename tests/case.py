@@ -104,8 +104,9 @@ def bias_act_backward(activation, *shape, **variant) -> Case:
 
 
 def _softmax(rng, backend, B, C, offset=0, in_place=False, totals=True, scale=None, labels="", logits="", padding=0,
-             confusion=False):  # fmt: skip
+             confusion=False, smoothing=0.0, weighted=False):  # fmt: skip
     x, y = references.logits_and_labels(rng, B, C)
+    weights = rng.uniform(0.1, 3.0, C).astype(np.float32) if weighted else None
     if labels:
         y[1::3] = np.resize((*OUT_OF_RANGE, C), y[1::3].size)
     if logits:
@@ -117,17 +118,19 @@ def _softmax(rng, backend, B, C, offset=0, in_place=False, totals=True, scale=No
     loss, _ = backend.ops.softmax_cross_entropy(
         dlogits if in_place else backend.array(padded, offset=offset),
         backend.array(y, np.int32, offset), scale, out=dlogits, totals=sums,
-        confusion=counts if confusion else None, classes=C if padding else None,
+        confusion=counts if confusion else None, classes=C if padding else None, label_smoothing=smoothing,
+        class_weights=None if weights is None else backend.array(weights, offset=offset),
     )  # fmt: skip
     intact()
     counts_intact()
     scale = scale or (1.0 / B if B else np.nan)
-    losses, expected, softmax, right = references.softmax_cross_entropy(x, y, scale)
-    yield references.dlogits_check(backend, dlogits[:, :C], expected, softmax, scale)
+    losses, expected, softmax, right = references.softmax_cross_entropy(x, y, scale, smoothing, weights)
+    of_rows, targets = references.weights_and_targets(y, C, smoothing, weights)
+    yield references.dlogits_check(backend, dlogits[:, :C], expected, softmax, scale * of_rows[:, None], targets)
     yield Check("padding", dlogits[:, C:], np.zeros((B, padding)), 0.0)
-    yield references.loss_check("loss", loss, losses, scale)
+    yield references.loss_check("loss", loss, losses, scale, of_rows)
     if totals:
-        yield references.loss_check("totals[0]", sums[0], losses)
+        yield references.loss_check("totals[0]", sums[0], losses, weights=of_rows)
         yield Check("totals[1]", sums[1], np.float64(right), 0.0)
     if confusion:
         yield Check("confusion", counts, 5 + references.confusion(x, y), 0.0)
@@ -171,7 +174,20 @@ def sgd(*shape, **variant) -> Case:
     return _case("sgd", _sgd, *shape, **variant)
 
 
-def _gather(rng, backend, B, D, images=7, offset=0, index="", affine=False, begin="", part=False,
+def _average(rng, backend, P, decay=0.99, step=3, offset=0, device_scalars=False):
+    a, p, *_ = references.optimizer_state(rng, P, fresh=False)
+    average, intact = _output(backend, offset, a)
+    passed = backend.array(step) if device_scalars else step
+    backend.ops.average_step(average, backend.array(p, offset=offset), decay=decay, step=passed)
+    intact()
+    return references.step_checks(backend, ("average",), (average,), *references.average(a, p, decay=decay, step=step))
+
+
+def average(*shape, **variant) -> Case:
+    return _case("average", _average, *shape, **variant)
+
+
+def _gather(rng, backend, B, D, images=7, offset=0, index="", affine=False, begin="", part=False, draw=None,
             batch_offset=None, **settings):  # fmt: skip
     pixels = rng.integers(0, 256, (images, D), np.uint8)
     labels = rng.integers(-5, 50, images).astype(np.int32)
@@ -189,16 +205,20 @@ def _gather(rng, backend, B, D, images=7, offset=0, index="", affine=False, begi
         backend.array(rows, np.int32, offset), out_x=x, out_y=y, seed=SEED,
         offset=backend.array([int(begin)], np.int64, offset) if begin else None,
         affine=None if maps is None else backend.array(maps, offset=offset),
-        numbers=None if numbers is None else backend.array(numbers, np.int32, offset), **settings,
+        numbers=None if numbers is None else backend.array(numbers, np.int32, offset),
+        draw=None if draw is None else backend.array([draw], np.int64, offset), **settings,
     )  # fmt: skip
     intact()
     y_intact()
     rows = references.positions(rows, int(begin), B) if begin else rows
-    return references.gather_checks(x, y, pixels, labels, rows, seed=SEED, affine=maps, numbers=numbers, **settings)
+    return references.gather_checks(
+        x, y, pixels, labels, rows, seed=SEED, affine=maps, numbers=numbers, draw=draw or 0, **settings
+    )
 
 
 def gather(*shape, **variant) -> Case:
-    return _case("gather_part" if variant.get("part") else "gather", _gather, *shape, **variant)
+    augmented = any(variant.get(name) for name in ("affine", "noise_sigma", "augment"))
+    return _case("gather_augmented" if augmented else "gather", _gather, *shape, **variant)
 
 
 def _shuffle(rng, backend, N, offset=0, seed=SEED, epoch=3):

@@ -8,15 +8,18 @@ through the awkward shapes of checks.py, too.
 
 import itertools
 
-from kernels import ACTIVATIONS
+from kernels import ACTIVATIONS, Augment
 from kernels.launches import ROW_BLOCKS
 
 from . import references
 from .case import (
-    ONE_BLOCK, Case, adam, advance, bias_act, bias_act_backward, gather, sgd, shuffle, softmax_cross_entropy,
-    to_bfloat16,
+    ONE_BLOCK, Case, adam, advance, average, bias_act, bias_act_backward, gather, sgd, shuffle,
+    softmax_cross_entropy, to_bfloat16,
 )  # fmt: skip
 from .checks import FEW_SHAPES, OFFSETS
+
+
+AUGMENT = Augment(rotation=20.0, scale=0.3, shear=0.2, shift=1.5)
 
 
 def _representative():
@@ -58,6 +61,16 @@ def _representative():
         yield softmax_cross_entropy(2, 32 * items - 1, padding=1, confusion=items < 16)
     yield softmax_cross_entropy(40, 3, padding=1, confusion=True, multiprocessors=ONE_BLOCK, totals=False)
     yield softmax_cross_entropy(0, 5, padding=3, confusion=True)
+    for variant in ({"smoothing": 0.1}, {"weighted": True}, {"smoothing": 0.3, "weighted": True}):
+        for C in (5, 33, 1030):
+            yield softmax_cross_entropy(7, C, labels="out of range", **variant)
+        yield softmax_cross_entropy(3, 47, in_place=True, offset=1, padding=1, **variant)
+        yield softmax_cross_entropy(3, 1027, in_place=True, logits="nan", **variant)
+    for P, decay, step in ((0, 0.9, 1), (1, 0.0, 1), (37, 0.9, 1), (37, 0.9, 1000)):  # early, and late
+        yield average(P, decay=decay, step=step)
+        yield average(P, decay=decay, step=step, offset=1)
+    yield average(1100, multiprocessors=ONE_BLOCK)
+    yield average(5, device_scalars=True)
     for step in (adam, sgd):
         for P in (0, 1, 37):
             yield step(P)
@@ -82,6 +95,12 @@ def _representative():
     yield gather(3, 9, part=True, noise_sigma=0.5, offset=1)
     yield gather(3, 16, part=True)
     yield gather(40, 49, begin="30", multiprocessors=ONE_BLOCK)
+    for variant in ({"augment": AUGMENT}, {"noise_sigma": 0.5, "noise_uniform": True},
+                    {"augment": AUGMENT, "noise_sigma": 0.5, "noise_uniform": True}):  # fmt: skip
+        yield gather(3, 9, **variant)
+        yield gather(7, 25, part=True, index="out of range", begin="4", draw=3, offset=1, **variant)
+        yield gather(30, 16, draw=-1, multiprocessors=ONE_BLOCK, **variant)
+    yield gather(3, 1156, augment=AUGMENT, noise_sigma=0.5, draw=2**32 + 5)  # more than a block of the host's
     for N in (0, 1, 2, 5, 127, 255, 256, 257, 1025):
         yield shuffle(N, offset=N % 2)
     yield shuffle(1500, multiprocessors=ONE_BLOCK, seed=2**64 - 1, epoch=2**32 - 1)
@@ -108,6 +127,7 @@ def _shapes(shapes, sizes):
     for (B, C), offset in itertools.product([*shapes, *around_registers, (2, 5000)], OFFSETS):
         yield softmax_cross_entropy(B, C, offset=offset)
         yield softmax_cross_entropy(B, C, offset=offset, padding=3, confusion=C < 600)
+        yield softmax_cross_entropy(B, C, offset=offset, smoothing=0.1, weighted=True)
     for P, offset in itertools.product(sizes, OFFSETS):
         few = P not in (5, 1023)  # every setting with sizes that fill packs and leave a rest
         for step, settings in itertools.product((1, 1000), references.ADAM_CASES):
@@ -123,6 +143,7 @@ def _shapes(shapes, sizes):
         yield gather(B, D, offset=offset, begin=str(B // 3))
         if int(D**0.5) ** 2 == D:
             yield gather(B, D, offset=offset, affine=True)
+            yield gather(B, D, offset=offset, augment=AUGMENT, noise_sigma=0.5, noise_uniform=True, draw=7)
     for N, offset in itertools.product(sizes, OFFSETS):
         yield shuffle(N, offset=offset, seed=1)
         yield to_bfloat16(N, offset=offset)
@@ -141,6 +162,9 @@ def _large():
     yield sgd(1_500_001, settings="plain", velocity=False)
     yield gather(2000, 784)
     yield gather(2000, 784, noise_sigma=0.5, affine=True)
+    yield gather(2000, 784, noise_sigma=0.5, augment=AUGMENT, noise_uniform=True, draw=1)
+    yield softmax_cross_entropy(20_000, 47, smoothing=0.1, weighted=True)
+    yield average(1_500_001)
     yield softmax_cross_entropy(20_000, 47, padding=1, confusion=True)
     yield shuffle(1_048_577)
     yield to_bfloat16(3_000_001)
@@ -156,7 +180,9 @@ def shared(least: int) -> list[Case]:
         adam(2 * least + 1), sgd(3 * least, offset=1), sgd(3 * least, settings="plain", velocity=False),
         gather(2 * rows, 47, offset=1, index="out of range"), gather(rows, 49, noise_sigma=0.5, affine=True),
         softmax_cross_entropy(rows, 47, padding=1, confusion=True), gather(2 * rows, 47, begin=str(rows)),
-        shuffle(least // 8 + 1, seed=2), to_bfloat16(6 * least),
+        shuffle(least // 8 + 1, seed=2), to_bfloat16(6 * least), average(4 * least + 1),
+        gather(rows, 49, noise_sigma=0.5, augment=AUGMENT, noise_uniform=True, draw=1),
+        softmax_cross_entropy(rows, 47, smoothing=0.1, weighted=True),
     ]  # fmt: skip
 
 

@@ -92,7 +92,16 @@ def confusion(logits, labels):
     return counts
 
 
-def softmax_cross_entropy(logits, labels, scale):
+def weights_and_targets(labels, C, smoothing=0.0, weights=None):
+    """The weight of each row, (B,), and its target distribution, (B, C); NaN for a label out of range."""
+    valid = (labels >= 0) & (labels < C)
+    safe = np.where(valid, labels, 0)
+    of_rows = np.ones(len(labels)) if weights is None else weights.astype(np.float64)[safe]
+    targets = (1 - smoothing) * (np.arange(C) == safe[:, None]) + smoothing / C
+    return np.where(valid, of_rows, np.nan), targets
+
+
+def softmax_cross_entropy(logits, labels, scale, smoothing=0.0, weights=None):
     """Row losses, dlogits, softmax and the number of rows that are right; a label out of range gives NaN."""
     x = logits.astype(np.float64)
     valid = (labels >= 0) & (labels < x.shape[1])
@@ -101,33 +110,38 @@ def softmax_cross_entropy(logits, labels, scale):
         shifted = x - x.max(axis=1, keepdims=True)
         e = np.exp(shifted)
         total = e.sum(axis=1, keepdims=True)
-        losses = np.log(total[:, 0]) - np.take_along_axis(shifted, safe, 1)[:, 0]
+        own = np.take_along_axis(shifted, safe, 1)[:, 0]
+        losses = np.log(total[:, 0]) - ((1 - smoothing) * own + smoothing * shifted.mean(1) if smoothing else own)
         softmax = e / total
-    losses[~valid] = np.nan
-    dlogits = scale * (softmax - (np.arange(x.shape[1]) == safe))
-    dlogits[~valid] = np.nan
+    weight, targets = weights_and_targets(labels, x.shape[1], smoothing, weights)
+    losses, dlogits = weight * losses, scale * weight[:, None] * (softmax - targets)
     right = np.count_nonzero((x.argmax(axis=1) == labels) & ~np.isnan(losses))
     return losses, dlogits, softmax, right
 
 
-def dlogits_check(form, dlogits, expected, softmax, scale):
-    """The reduction's tolerance relative to softmax, and where 1 is subtracted a rounding's relative to 1.
+def dlogits_check(form, dlogits, expected, softmax, scale, targets=None):
+    """The reduction's tolerance relative to softmax, and where a target is subtracted a rounding's relative to that.
 
-    An exponential of the smallest float32 or less may be lost, and so may its product with the scale.
+    An exponential of the smallest float32 or less may be lost, and so may its product with the scale. scale: of the loss,
+    or (B, 1), of each row. targets: (B, C); by default 1 at the label.
     """
-    onehot = np.abs(scale * softmax - expected) > 0.5 * scale
-    lost = 2 * form.smallest * max(1.0, scale)
-    bound = scale * (REDUCTION * softmax + ELEMENTWISE * onehot) + lost
+    if targets is None:
+        targets = np.abs(scale * softmax - expected) > 0.5 * scale
+    lost = 2 * form.smallest * np.maximum(1.0, scale)
+    bound = scale * (REDUCTION * softmax + ELEMENTWISE * targets) + lost
     return Check("dlogits", dlogits, expected, REDUCTION, bound / REDUCTION)
 
 
-def loss_check(what, actual, losses, scale=1.0):
-    """log(sum of exponentials) is off by the sum's relative error: a row's loss is relative to 1 + loss."""
-    magnitude = scale * (1.0 + np.abs(losses)).sum()
+def loss_check(what, actual, losses, scale=1.0, weights=1.0):
+    """log(sum of exponentials) is off by the sum's relative error: a row's loss is relative to 1 + loss.
+
+    weights: the rows' weights, which are in the losses.
+    """
+    magnitude = scale * (weights + np.abs(losses)).sum()
     return Check(what, actual, np.float64(scale * losses.sum()), REDUCTION, magnitude)
 
 
-# ---- adam_step and sgd_step
+# ---- adam_step, sgd_step and average_step
 
 ADAM_CASES = {
     "defaults": dict(lr=1e-3),
@@ -187,6 +201,13 @@ def sgd(p, g, u, *, lr, momentum=0.0, weight_decay=0.0):
     return (p - lr * new_u, new_u), (EPS * np.abs(p) + ELEMENTWISE * lr * u_size, ELEMENTWISE * u_size)
 
 
+def average(a, p, *, decay, step):
+    """The new average in float64, and its tolerance: it is rounded once, and what it moves by is."""
+    a, p = a.astype(np.float64), p.astype(np.float64)
+    share = 1.0 - min(decay, (1.0 + step) / (10.0 + step))
+    return (a + share * (p - a),), (EPS * np.abs(a) + ELEMENTWISE * share * (np.abs(p) + np.abs(a)),)
+
+
 def step_checks(form, names, actual, expected, bounds):
     """The arrays that an optimizer's step has changed, each within its bound."""
     for name, array, reference, bound in zip(names, actual, expected, bounds, strict=True):
@@ -203,19 +224,46 @@ NOISE = 3e-6
 WARP = 2e-5
 
 
-def noise(index, D, seed):
-    """Box-Muller in float64 over Philox bits: counter (pixel // 4, image, 0, 0), 23 bits per number."""
+def _uniform(word):
+    """23 of 32 random bits as numbers in (0, 1)."""
+    return (word // np.uint64(512) + 0.5) / 2**23
+
+
+def noise(index, D, seed, draw=0):
+    """Box-Muller in float64 over Philox bits: counter (pixel // 4, image, draw, 0), 23 bits per number."""
     result = np.zeros((len(index), D + 3))
     for row, image in zip(result, index, strict=True):
         quads = np.arange(-(-D // 4), dtype=np.uint64)
-        counters = quads, np.full_like(quads, image), np.zeros_like(quads), np.zeros_like(quads)
+        counters = quads, *(np.full_like(quads, word) for word in (image, draw % 2**32, 0))
         bits = philox4x32(np, counters, seed % 2**32, seed // 2**32)
-        a, b, c, d = ((x // np.uint64(512) + 0.5) / 2**23 for x in bits)
+        a, b, c, d = map(_uniform, bits)
         for k, (first, second) in enumerate([(a, b), (c, d)]):
             radius, angle = np.sqrt(-2 * np.log(first)), 2 * np.pi * second
             row[2 * k :: 4][: len(quads)] = radius * np.cos(angle)
             row[2 * k + 1 :: 4][: len(quads)] = radius * np.sin(angle)
     return result[:, :D]
+
+
+def of_images(index, seed, draw=0):
+    """The eight uniform numbers (B, 8) that each image has: Philox's words of counters (0 and 1, image, draw, 2)."""
+    rows = []
+    for image in index:
+        counters = np.arange(2, dtype=np.uint64), *(np.full(2, word, np.uint64) for word in (image, draw % 2**32, 2))
+        rows.append(np.stack(philox4x32(np, counters, seed % 2**32, seed // 2**32)).T.ravel())
+    return _uniform(np.array(rows, np.uint64).reshape(-1, 8))
+
+
+def maps(index, augment, seed, draw=0):
+    """The matrices (B, 2, 3) that are drawn for images, as products of rotation, shear and scaling."""
+    result = []
+    for turn, shear, *zoom, right, down, _, _ in of_images(index, seed, draw):
+        angle = np.radians(augment.rotation * (2 * turn - 1))
+        rotated = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        sheared = np.array([[1.0, augment.shear * (2 * shear - 1)], [0.0, 1.0]])
+        scaled = np.diag(1 + augment.scale * (2 * np.array(zoom) - 1))
+        shift = augment.shift * (2 * np.array([right, down]) - 1)
+        result.append(np.column_stack([rotated @ sheared @ scaled, shift]))
+    return np.array(result).reshape(-1, 2, 3)
 
 
 def warped(images, affine):
@@ -241,12 +289,16 @@ def positions(index, begin, B):
 
 
 def gather_checks(x, y, images, labels, index, *, mean=0.0, scale=1.0, noise_sigma=0.0, seed=0, affine=None,
-                  numbers=None):  # fmt: skip
+                  numbers=None, draw=0, noise_uniform=False, augment=None):  # fmt: skip
     valid = (index >= 0) & (index < len(images))
     safe = np.where(valid, index, 0)
-    pixels = images[safe] / 255.0 if affine is None else warped(images[safe], affine)
     counted = safe if numbers is None else numbers[safe]
-    added = noise_sigma * noise(counted, images.shape[1], seed) if noise_sigma else np.zeros_like(pixels)
+    if augment is not None:
+        affine = maps(counted, augment, seed, draw)
+    pixels = images[safe] / 255.0 if affine is None else warped(images[safe], affine)
+    added = noise_sigma * noise(counted, images.shape[1], seed, draw) if noise_sigma else np.zeros_like(pixels)
+    if noise_uniform:
+        added *= of_images(counted, seed, draw)[:, 6:7]
     expected = np.where(valid[:, None], (pixels + added - mean) * scale, np.nan)
     absolute = noise_sigma * NOISE + (0.0 if affine is None else WARP)
     bound = abs(scale) * (ELEMENTWISE * (pixels + np.abs(added) + abs(mean)) + absolute)

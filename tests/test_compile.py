@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kernels import ACTIVATIONS, cuda, elementwise, source
+from kernels import ACTIVATIONS, Augment, cuda, elementwise, source
 from kernels.gemm import PRECISIONS, Gemm
 from kernels.launches import Launches
 
@@ -137,20 +137,25 @@ def _launches():
             ops.bias_act_backward(f(1000, 400), f(1000, 400), bias, activation, f(1000, 400), f(400))
         ops.bias_act_backward(f(2, 4), f(2, 4), None, activation, f(2, 4), f(4))
     for C in (1, 32, 33, 47, 100, 200, 500, 1000, 1025):
-        for totals, confusion in ((None, None), (np.zeros(2), np.zeros((C, C), np.int64))):
+        for totals, confusion, weights in ((None, None, None), (np.zeros(2), np.zeros((C, C), np.int64), f(C))):
             ops.softmax_cross_entropy(
-                f(8, C + 1), np.zeros(8, np.int32), C, 0.1, f(8, C + 1), f(), totals, confusion
+                f(8, C + 1), np.zeros(8, np.int32), C, 0.1, 0.1, weights, f(8, C + 1), f(), totals, confusion
             )
     for step, lr in ((1, 0.1), (f(), f())):
+        ops.average_step(f(9), f(9), 0.999, step)
         ops.adam_step(f(9), f(9), f(9), f(9), step, lr, 0.9, 0.999, 1e-8, 0.0, True)
     for velocity in (None, f(9)):
         ops.sgd_step(f(9), f(9), velocity, 0.1, 0.0, 0.0)
     images, labels = np.zeros((5, 9), np.uint8), np.zeros(5, np.int32)
     offset = np.zeros(1, np.int64)
-    for numbers, where, affine in ((None, None, None), (labels, offset, f(4, 2, 3))):
+    for numbers, where, draw, affine, augment, sigma in (
+        (None, None, None, None, None, 0.0), (None, offset, None, None, None, 0.0), (None, None, None, None, None, 0.5),
+        (labels, offset, offset, f(4, 2, 3), None, 0.0), (labels, offset, offset, None, Augment(0.5, 0.1, 0.1, 2.0), 0.5),
+    ):  # fmt: skip
         ops.gather_batch(
-            images, labels, numbers, labels[:4], where, affine, f(4, 9), labels[:4], 3, 0.0, 1.0, 0.0, 2**64 - 1
-        )
+            images, labels, numbers, labels[:4], where, draw, affine, f(4, 9), labels[:4], 0.0, 1.0, sigma, True,
+            augment, 2**64 - 1,
+        )  # fmt: skip
     for step in (None, f(1)):
         ops.advance(offset, 2**63 - 1, step)
     ops.shuffle(labels, labels, 2**64 - 1, 2**32 - 1)

@@ -111,8 +111,8 @@ def test_the_numbers_shared_with_the_sources_agree():
     assert f"TILE_THREADS = {launches.THREADS}, " in text
     assert f"WORDS_AT_ONCE = {launches.GATHER_WORDS};" in text
     assert f"q < packed; q += {launches.ROW_PACKS} * threads" in text
-    assert f"GATHER(gather, false, {launches.GATHER_BLOCKS})" in text
-    assert f"GATHER(gather_part, true, {launches.GATHER_BLOCKS})" in text
+    assert f"KERNEL({launches.GATHER_BLOCKS}) gather(" in text
+    assert f"KERNEL({launches.GATHER_BLOCKS}) gather_augmented(" in text
     assert f"XENT_THREADS = {launches.THREADS};" in text
     assert f"__launch_bounds__({launches.THREADS}, " in text
     assert f"KERNEL({launches.TILE_BLOCKS}) bias_act_backward_" in text

@@ -1,13 +1,14 @@
-// Adam and SGD over one flat arena of parameters: the whole model in one launch.
+// Adam, SGD and the moving average over one flat arena of parameters: the whole model in one launch.
 //
 // Adam (Kingma & Ba 2015, algorithm 1, with the L2 and decoupled weight decay of torch.optim.Adam/AdamW):
 //   p <- p (1 - lr wd)  if decoupled, else  g <- g + wd p
 //   m <- b1 m + (1 - b1) g;   v <- b2 v + (1 - b2) g^2
 //   p <- p - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
 // SGD (torch.optim.SGD):  g <- g + wd p;  u <- mu u + g;  p <- p - lr u
+// Average:  a <- a + (1 - d) (p - a),  d = min(decay, (1 + t) / (10 + t))
 //
-// p, g, m, v: (P,) float32. Bytes per element: Adam reads 16 and writes 12; SGD with momentum reads 12
-// and writes 8. Launch: grid-stride, 16-byte accesses; no element depends on another. What all elements share, from a
+// p, g, m, v, a: (P,) float32. Bytes per element: Adam reads 16 and writes 12; SGD with momentum reads 12
+// and writes 8; the average reads 8 and writes 4. Launch: grid-stride, 16-byte accesses; no element depends on another. What all elements share, from a
 // load of the learning rate to Adam's two powers, comes after a thread's first loads: it takes as long as they do.
 #pragma once
 #include "common.cuh"
@@ -95,4 +96,24 @@ DEVICE void sgd_range(Range range, float* p, const float* g, float* velocity, Ra
       store(p + i, pp);
     });
   }
+}
+
+// 1 - d, without its cancellation: 1 - (1 + t) / (10 + t) = 9 / (10 + t). complement: 1 - decay.
+DEVICE float average_rate(float complement, float step) {
+  const float early = 9.0f / (10.0f + step);
+  return early > complement ? early : complement;
+}
+
+template <int W> struct AveragePack { Pack<W> average, p; };
+
+template <class Rate> DEVICE void average_range(Range range, float* average, const float* p, Rate rate) {
+  const auto fetch = [=](auto width, index_t i) {
+    constexpr int W = decltype(width)::value;
+    return AveragePack<W>{load<W>(average + i), load<W>(p + i)};
+  };
+  range.for_each(aligned16(average, p), fetch, rate, [=](auto width, index_t i, auto x, float share) {
+    constexpr int W = decltype(width)::value;
+    UNROLL for (int k = 0; k < W; ++k) x.average[k] += share * (x.p[k] - x.average[k]);
+    store(average + i, x.average);
+  });
 }

@@ -72,10 +72,10 @@ DEVICE float not_a_number() { return __int_as_float(0x7fffffff); }
 DEVICE unsigned float_bits(float x) { return (unsigned)__float_as_int(x); }
 DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }  // never a part of a fused multiply-add
 DEVICE void add_one(unsigned long long* count) { atomicAdd(count, 1ull); }
+DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }  // rounded once
 DEVICE float exponential(float x) { return expf(x); }
+DEVICE float logarithm(float x) { return logf(x); }
 DEVICE float error_function(float x) { return erff(x); }
-DEVICE float cosine_of_turns(float x) { return cospif(2.0f * x); }
-DEVICE float sine_of_turns(float x) { return sinpif(2.0f * x); }
 
 template <class... P> DEVICE bool aligned16(const P*... p) {
   return ((reinterpret_cast<unsigned long long>(p) | ...) & 15) == 0;

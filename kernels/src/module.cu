@@ -41,9 +41,9 @@ BIAS_ACT(gelu_tanh, GeluTanh)
   KERNEL(blocks) softmax_xent_##items(const float* logits, const int* labels, float* dlogits,                 \
                                       float* loss, double* totals, unsigned long long* confusion,             \
                                       float* partial, unsigned* counter, index_t B, int C, int N,             \
-                                      float scale) {                                                          \
+                                      float scale, float kept, float shared, const float* weights) {          \
     softmax_xent_block<items>(logits, labels, dlogits, loss, totals, confusion, partial, counter, B, C, N,    \
-                              scale);                                                                         \
+                              {scale, kept, shared, weights});                                                \
   }
 
 SOFTMAX_XENT(0, 8)  // any number of classes; the others hold items x 32 of them in registers
@@ -69,17 +69,25 @@ KERNEL(6) sgd(float* p, const float* g, float* velocity, index_t n, float lr, co
   sgd_range(Range{n}, p, g, velocity, [=] { return lr_pointer ? *lr_pointer : lr; }, momentum, weight_decay);
 }
 
-#define GATHER(name, PART, blocks)                                                                            \
-  KERNEL(blocks) name(const unsigned char* images, const int* labels, const int* numbers, const int* index,   \
-                      const index_t* offset, const float* affine, float* x, int* y, index_t B, index_t N,     \
-                      index_t M, int D, int side, float mean, float scale, float noise_sigma,                 \
-                      unsigned seed_low, unsigned seed_high) {                                                \
-    gather_grid<PART>({mean, scale, noise_sigma, seed_low, seed_high, D, side, M, numbers}, images, labels,   \
-                      index, offset, affine, x, y, B, N);                                                     \
-  }
+KERNEL(8) average(float* average, const float* p, index_t n, float complement, float step, const float* step_pointer) {
+  average_range(Range{n}, average, p, [=] { return average_rate(complement, step_pointer ? *step_pointer : step); });
+}
 
-GATHER(gather, false, 6)
-GATHER(gather_part, true, 6)
+KERNEL(6) gather(const unsigned char* images, const int* labels, const int* index, const index_t* offset, float* x,
+                 int* y, index_t B, index_t N, index_t M, int D, float mean, float scale) {
+  gather_grid({mean, scale, D, M}, images, labels, index, offset, x, y, B, N);
+}
+
+KERNEL(6) gather_augmented(const unsigned char* images, const int* labels, const int* numbers, const int* index,
+                           const index_t* offset, const index_t* draw, const float* affine, float* x, int* y, index_t B,
+                           index_t N, index_t M, int D, int side, float mean, float scale, float noise_sigma,
+                           int noise_uniform, int random, float rotation, float zoom, float shear, float shift,
+                           unsigned seed_low, unsigned seed_high) {
+  const Augmentation augmentation{numbers, affine, noise_sigma, noise_uniform, random, rotation, zoom, shear, shift,
+                                  draw ? (unsigned)*draw : 0u, seed_low, seed_high, side};
+  const auto begin = [=] { return offset ? *offset : 0; };
+  gather_quads(GatherSettings{mean, scale, D, M}, augmentation, images, labels, index, begin, x, y, B, N);
+}
 
 KERNEL(8) shuffle(const int* index, int* out, index_t N, unsigned seed_low, unsigned seed_high, unsigned epoch) {
   shuffle_grid(index, out, N, seed_low, seed_high, epoch);

@@ -1,8 +1,10 @@
 // Softmax cross-entropy: loss and gradient in one pass over the logits.
 //
-//   loss       = scale sum_r (log sum_j exp(x[r, j]) - x[r, label[r]])
-//   dlogits[r] = scale (softmax(x[r]) - onehot(label[r]))
+//   loss       = scale sum_r w[label[r]] (log sum_j exp(x[r, j]) - sum_j target[r, j] x[r, j])
+//   dlogits[r] = scale w[label[r]] (softmax(x[r]) - target[r]),   target[r] = (1 - e) onehot(label[r]) + e / C
 //
+// w: a weight for each class, or 1; e: label smoothing (Szegedy et al., "Rethinking the Inception architecture", 2016),
+// without which there is nothing to add up over the row for the second sum.
 // x: the first C of the N columns of logits, (B, N) float32; label: (B,) int32. The other columns are padding, with
 // which rows start on 16 bytes (47 classes in 48 columns): not read, and 0 in dlogits.
 // Everything is computed from x - max(x), so logits of +-1e4 are exact. A label outside [0, C) or a NaN logit makes its
@@ -39,22 +41,32 @@ struct RowResult {
   int correct; // 1 where the label is the first largest logit
 };
 
+struct Targets {
+  float scale;
+  float kept, shared;   // 1 - e, of the label; e / C, of every class
+  const float* weights; // of the classes, or null
+};
+
 template <class Row>
-DEVICE RowResult softmax_xent_row(Row row, const float* x, float* dx, int C, int label, float scale) {
+DEVICE RowResult softmax_xent_row(Row row, const float* x, float* dx, int C, int label, const Targets& t) {
   constexpr int K = Row::items;
   const bool valid = label >= 0 && label < C;
   row.fetch(x, C);
   const float largest = Group::max<K>(C, [&](int k, int j) { return row.logit(x, k, j); });
   const float own = valid ? Group::at<K>(C, label, [&](int k, int j) { return row.logit(x, k, j); }) : not_a_number();
   const bool beaten = Group::any<K>(C, [&](int k, int j) { return row.logit(x, k, j) == largest && j < label; });
+  const bool right = own == largest && !beaten;
+  float below = t.kept * (largest - own);  // how far the mean logit under the target is below the largest
+  if (t.shared != 0.0f) below += t.shared * Group::sum<K>(C, [&](int k, int j) { return largest - row.logit(x, k, j); });
   Group::sync();  // dx may be x, and another lane writes where `own` was read
 
   Group::for_each<K>(C, [&](int k, int j) { row.at(k, j) = exponential(row.logit(x, k, j) - largest); });
   const float total = Group::sum<K>(C, [&](int k, int j) { return row.at(k, j); });
-  const float loss = logf(total) + (largest - own);
-  const float factor = valid ? scale / total : not_a_number();
-  Group::for_each<K>(C, [&](int k, int j) { dx[j] = row.at(k, j) * factor - (j == label ? scale : 0.0f); });
-  return {loss, own == largest && !beaten && loss == loss ? 1 : 0};
+  const float loss = logf(total) + below, weight = valid && t.weights ? t.weights[label] : 1.0f;
+  const float scale = t.scale * weight, factor = valid ? scale / total : not_a_number();
+  const float other = t.shared * scale, at_label = t.kept * scale + other;
+  Group::for_each<K>(C, [&](int k, int j) { dx[j] = row.at(k, j) * factor - (j == label ? at_label : other); });
+  return {weight * loss, right && loss == loss ? 1 : 0};
 }
 
 // Ahead of softmax_xent_row, for the calls that want it: the row's count in `confusion`, unless that is null, and zeros
@@ -111,7 +123,7 @@ template <class F> DEVICE void each_row(index_t B, F f) {
 template <int ITEMS>
 DEVICE void softmax_xent_block(const float* logits, const int* labels, float* dlogits, float* loss,
                                double* totals, unsigned long long* confusion, float* partial, unsigned* counter,
-                               index_t B, int C, int N, float scale) {
+                               index_t B, int C, int N, const Targets& targets) {
   if (confusion || N > C) {
     each_row(B, [&](index_t r) {
       confusion_and_padding(logits + r * N, dlogits + r * N, C, N, labels[r], confusion);
@@ -123,9 +135,9 @@ DEVICE void softmax_xent_block(const float* logits, const int* labels, float* dl
     float* const dx = dlogits + r * N;
     RowResult result;
     if constexpr (ITEMS > 0) {
-      result = softmax_xent_row(InRegisters<ITEMS>{}, logits + r * N, dx, C, labels[r], scale);
+      result = softmax_xent_row(InRegisters<ITEMS>{}, logits + r * N, dx, C, labels[r], targets);
     } else {
-      result = softmax_xent_row(InMemory{dx}, logits + r * N, dx, C, labels[r], scale);
+      result = softmax_xent_row(InMemory{dx}, logits + r * N, dx, C, labels[r], targets);
     }
     losses += result.loss;
     correct += result.correct;
@@ -142,7 +154,7 @@ DEVICE void softmax_xent_block(const float* logits, const int* labels, float* dl
   }
   sum = sum_of_warps(sum_of_lanes(sum));
   if (threadIdx.x == 0) {
-    *loss = (float)(sum.loss * scale);
+    *loss = (float)(sum.loss * targets.scale);
     if (totals) {
       totals[0] += sum.loss;
       totals[1] += sum.correct;

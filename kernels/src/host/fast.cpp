@@ -8,6 +8,7 @@
 #include "../convert.cuh"
 #include "../shuffle.cuh"
 #include "../softmax_xent.cuh"
+#include "gather.h"
 #include "pool.h"
 #include "stream.h"
 
@@ -89,7 +90,9 @@ BIAS_ACT(gelu, Gelu, 0.7, 1.0)
 BIAS_ACT(gelu_tanh, GeluTanh, 0.6, 0.9)
 
 EXPORT void softmax_xent(const float* logits, const int* labels, float* dlogits, float* loss, double* totals,
-                         unsigned long long* confusion, index_t B, int C, int N, float scale) {
+                         unsigned long long* confusion, index_t B, int C, int N, float scale, float kept,
+                         float shared, const float* weights) {
+  const Targets targets{scale, kept, shared, weights};
   const RowChunks chunks(B, C, 1.5);
   struct Sum { double loss, correct; };
   std::vector<Sum> partial(chunks.count);
@@ -100,7 +103,7 @@ EXPORT void softmax_xent(const float* logits, const int* labels, float* dlogits,
     Sum sum{0.0, 0.0};
     for (index_t r = rows.begin; r < rows.end; ++r) {
       float* const dx = dlogits + r * N;
-      const RowResult result = softmax_xent_row(InMemory{dx}, logits + r * N, dx, C, labels[r], scale);
+      const RowResult result = softmax_xent_row(InMemory{dx}, logits + r * N, dx, C, labels[r], targets);
       sum.loss += result.loss;
       sum.correct += result.correct;
     }
@@ -135,33 +138,35 @@ EXPORT void sgd(float* p, const float* g, float* velocity, index_t n, float lr, 
   });
 }
 
+EXPORT void average(float* average, const float* p, index_t n, float complement, float step) {
+  const float rate = average_rate(complement, step);
+  over_elements(n, 0.3, [=](Range range) {
+    update_streamed(average, range.begin, range.end, [=](float* block, index_t i, index_t count) {
+      average_range(Range{0, count}, block, p + i, [=] { return rate; });
+    });
+  });
+}
+
 EXPORT void gather(const unsigned char* images, const int* labels, const int* numbers, const int* index,
-                   const index_t* offset, const float* affine, float* x, int* y, index_t B, index_t N, index_t M, int D,
-                   int side, float mean, float scale, float noise_sigma, unsigned seed_low, unsigned seed_high) {
+                   const index_t* offset, const index_t* draw, const float* affine, float* x, int* y, index_t B,
+                   index_t N, index_t M, int D, int side, float mean, float scale, float noise_sigma,
+                   int noise_uniform, int random, float rotation, float zoom, float shear, float shift,
+                   unsigned seed_low, unsigned seed_high) {
   const index_t begin = offset ? *offset : 0;
-  const GatherSettings settings{mean, scale, noise_sigma, seed_low, seed_high, D, side, M, numbers};
-  const double cost = 0.6 + (affine ? 5.0 : 0.0) + (noise_sigma != 0.0f ? 8.0 : 0.0);
+  const bool mapped = affine || random;
+  const GatherSettings settings{mean, scale, D, M};
+  const Augmentation augmentation{numbers, affine, noise_sigma, noise_uniform, random, rotation, zoom, shear, shift,
+                                  draw ? (unsigned)*draw : 0u, seed_low, seed_high, side};
+  const PixelGrid grid(mapped ? side : 0);
+  const double cost = 0.6 + (mapped ? 2.0 : 0.0) + (noise_sigma != 0.0f ? 2.5 : 0.0);
   over_rows(RowChunks(B, D, cost), [&](index_t, Rows rows) {
+    Neighbours neighbours(grid);
     for (index_t b = rows.begin; b < rows.end; ++b) {
       const index_t source = source_of(index, N, begin, b), ahead = source_of(index, N, begin, b + 2);
       if (is_image(ahead, M))  // rows lie anywhere in the data set: fetch the one after the next
         for (int d = 0; d < D; d += 64) __builtin_prefetch(images + ahead * D + d);
-      float* const row = x + b * D;
       y[b] = gather_label(labels, source, M);
-      if (!is_image(source, M) || affine || noise_sigma != 0.0f) {
-        for (int d = 0; d < D; d += 4) {
-          const float* const map = affine ? affine + 6 * b : nullptr;
-          if (numbers) gather_quad<true>(settings, images, source, map, row, d);
-          else gather_quad<false>(settings, images, source, map, row, d);
-        }
-        continue;
-      }
-      alignas(64) float block[STREAM_BLOCK];
-      for (int d = 0; d < D; d += STREAM_BLOCK) {
-        const int count = std::min<int>(STREAM_BLOCK, D - d);
-        gather_pixels(settings, images + source * D, block, d, count);
-        stream(row + d, block, count);
-      }
+      gather_row(settings, augmentation, neighbours, images, source, b, x + b * D);
     }
     stream_fence();
   });

@@ -172,6 +172,7 @@ inline int __float_as_int(float x) { return simt::from_bits<int>(simt::to_bits(x
 inline float __uint_as_float(unsigned x) { return simt::from_bits<float>(x); }
 inline unsigned __float_as_uint(float x) { return simt::from_bits<unsigned>(simt::to_bits(x)); }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float cospif(float x) { return (float)std::cos(3.14159265358979323846 * x); }
 inline float sinpif(float x) { return (float)std::sin(3.14159265358979323846 * x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
