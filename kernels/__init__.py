@@ -2,6 +2,7 @@
 
     from kernels import bias_act, bias_act_backward, softmax_cross_entropy, adam_step, sgd_step
     from kernels import gather_batch, shuffle, advance, to_bfloat16
+    from kernels import batch_norm_stats, norm_act, norm_act_backward
 
 `kernels.plain` holds the same ops in ordinary array code: the baseline and the reference.
 """
@@ -11,7 +12,8 @@ class BackendError(RuntimeError):
     """The compiled kernels for this kind of array cannot be used; the message says what to run."""
 
 
-from .ops import (  # noqa: E402  (ops needs BackendError)
+from .norm_ops import batch_norm_stats, norm_act, norm_act_backward  # noqa: E402  (ops needs BackendError)
+from .ops import (  # noqa: E402
     ACTIVATIONS,
     adam_step,
     advance,
@@ -29,9 +31,12 @@ __all__ = [
     "BackendError",
     "adam_step",
     "advance",
+    "batch_norm_stats",
     "bias_act",
     "bias_act_backward",
     "gather_batch",
+    "norm_act",
+    "norm_act_backward",
     "sgd_step",
     "shuffle",
     "softmax_cross_entropy",

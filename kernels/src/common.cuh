@@ -73,6 +73,12 @@ DEVICE unsigned float_bits(float x) { return (unsigned)__float_as_int(x); }
 DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }  // never a part of a fused multiply-add
 DEVICE void add_one(unsigned long long* count) { atomicAdd(count, 1ull); }
 DEVICE float exponential(float x) { return expf(x); }
+DEVICE float inverse_root(float x) { return rsqrtf(x); }
+// x, from which nothing is computed ahead of a loop and kept: ten round keys of Philox, say, in twenty registers.
+DEVICE unsigned not_hoisted(unsigned x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 DEVICE float error_function(float x) { return erff(x); }
 DEVICE float cosine_of_turns(float x) { return cospif(2.0f * x); }
 DEVICE float sine_of_turns(float x) { return sinpif(2.0f * x); }

@@ -78,6 +78,8 @@ DEVICE float error_function(float x) {
   return x < -3.84f ? -1.0f : upper;
 }
 
+DEVICE float inverse_root(float x) { return 1.0f / std::sqrt(x); }
+DEVICE unsigned not_hoisted(unsigned x) { return x; }
 DEVICE float cosine_of_turns(float x) { return std::cos(6.2831853071795865f * x); }
 DEVICE float sine_of_turns(float x) { return std::sin(6.2831853071795865f * x); }
 
