@@ -28,6 +28,9 @@ _SIGNATURES = {
     "shuffle": [_P, _P, _L, _U, _U, _U],
     "advance": [_P, _L, _P],
     "to_bfloat16": [_P, _P, _L],
+    "batch_norm_stats": [_P, _P, _P, _P, _P, _F, _L, _L],
+    "norm_act_": [_P, _P, _P, _P, _P, _F, _P, _L, _L, _U, _F, _U, _U, _F, _U, _U],
+    "norm_act_backward_": [_P, _P, _P, _P, _P, _P, _F, _P, _P, _P, _L, _L, _U, _F, _U, _U, _F, _U, _U],
 }
 
 
@@ -174,6 +177,26 @@ def advance(offset, by, step):
 
 def to_bfloat16(x, y):
     _function("to_bfloat16")(_pointer(x), _pointer(y), x.size)
+
+
+def batch_norm_stats(z, mean, var, running_mean, running_var, momentum):
+    _function("batch_norm_stats")(*map(_pointer, (z, mean, var, running_mean, running_var)), momentum, *z.shape)
+
+
+def _dropout(d):
+    return d.threshold, d.scale, d.seed & 0xFFFFFFFF, d.seed >> 32, _number(d.step), d.layer, d.row
+
+
+def norm_act(z, bias, activation, norm, dropout, y):
+    arrays = z, bias, norm.mean, norm.var, norm.weight
+    _function("norm_act_", activation)(*map(_pointer, arrays), norm.eps, _pointer(y), *z.shape, *_dropout(dropout))
+
+
+def norm_act_backward(dy, z, bias, activation, norm, dropout, dz, bias_grad, weight_grad):
+    arrays, results = (dy, z, bias, norm.mean, norm.var, norm.weight), (dz, bias_grad, weight_grad)
+    _function("norm_act_backward_", activation)(
+        *map(_pointer, arrays), norm.eps, *map(_pointer, results), *dy.shape, *_dropout(dropout)
+    )
 
 
 def empty(shape, dtype=np.float32):

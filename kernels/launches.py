@@ -16,7 +16,7 @@ ROW_PACKS, GATHER_WORDS = 2, 5  # that a thread of bias_act and of gather loads 
 TILE_WIDTHS = (2, 4, 8, 16, 32)  # packs of 4 columns that a block of bias_act_backward has
 ROWS_PER_THREAD = 8  # of bias_act_backward at most, where each block has all rows
 # Blocks that a multiprocessor with room for them holds at once: module.cu keeps the registers within what they leave.
-TILE_BLOCKS, ROWS_BLOCKS, GATHER_BLOCKS = 4, 6, 6
+TILE_BLOCKS, ROWS_BLOCKS, GATHER_BLOCKS, NORM_BLOCKS = 4, 6, 6, 4
 ROW_BLOCKS = {1: 8, 2: 8, 4: 8, 8: 6, 16: 4, 32: 3, 0: 8}  # softmax_xent_<n>: up to 32 n classes in registers; 0: any
 _MAX_GRID_Y = 65535
 
@@ -76,6 +76,11 @@ def _pointer(array):
 def _halves(seed: int) -> tuple:
     """The low and the high 32 bits of a seed."""
     return np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32)
+
+
+def _norm(norm) -> tuple:
+    """The arguments of a normalisation, or of none."""
+    return *map(_pointer, norm[:3]), np.float32(norm.eps)
 
 
 class Launches:
@@ -173,3 +178,41 @@ class Launches:
     def to_bfloat16(self, x, y):
         grid, block = self._flat_shape(x.size)
         self._device.function("to_bfloat16")(grid, block, (x, y, np.int64(x.size)))
+
+    def _tiles(self, B, N, sums):
+        """Grid and block for column sums of (B, N), and scratch memory for `sums` of them per column, as arguments."""
+        grid, block = tile_shape(B, N, self._device.multiprocessors())
+        if grid[1] == 1:
+            return grid, block, (np.uintp(0), np.uintp(0))
+        return grid, block, (self.empty((sums, grid[1], N)), self._device.counters(grid[0]))
+
+    def batch_norm_stats(self, z, mean, var, running_mean, running_var, momentum):
+        B, N = z.shape
+        grid, block, scratch = self._tiles(B, N, 2)
+        self._device.function("batch_norm_stats")(
+            grid, block,
+            (z, mean, var, _pointer(running_mean), _pointer(running_var), np.float32(momentum), *scratch, np.int64(B),
+             np.int64(N)),
+        )  # fmt: skip
+
+    def _dropout(self, d):
+        step = self._scalar(d.step)
+        return np.uint32(d.threshold), np.float32(d.scale), *_halves(d.seed), *step, np.uint32(d.layer), np.uint32(d.row)
+
+    def norm_act(self, z, bias, activation, norm, dropout, y):
+        grid, block = self._flat_shape(z.size, ROW_PACKS, NORM_BLOCKS)
+        self._device.function(f"norm_act_{activation}")(
+            grid, block,
+            (z, bias, *_norm(norm), y, np.int64(z.shape[0]), np.int64(z.shape[1]), *self._dropout(dropout)),
+        )  # fmt: skip
+
+    def norm_act_backward(self, dy, z, bias, activation, norm, dropout, dz, bias_grad, weight_grad):
+        B, N = np.int64(dy.shape[0]), np.int64(dy.shape[1])
+        grid, block, scratch = self._tiles(*dy.shape, 1 if norm.mean is None else 2)
+        self._device.function(f"norm_act_backward_{activation}")(
+            grid, block,
+            (dy, z, bias, *_norm(norm), dz, bias_grad, _pointer(weight_grad), *scratch, B, N, *self._dropout(dropout)),
+        )  # fmt: skip
+        if norm.mean is not None:
+            grid, block = self._flat_shape(dy.size, ROW_PACKS, NORM_BLOCKS)
+            self._device.function("norm_input_gradient")(grid, block, (z, *_norm(norm), bias_grad, weight_grad, dz, B, N))

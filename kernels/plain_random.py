@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 
-FOR_NOISE, FOR_SHUFFLE, FOR_AUGMENT = 0, 1, 2  # the last word of a counter says what its bits are for
+FOR_NOISE, FOR_SHUFFLE, FOR_AUGMENT, FOR_DROPOUT = range(4)  # the last word of a counter says what its bits are for
 ROUNDS, LEAST_BITS = 8, 8  # of the network that shuffles
 _LOW = 0xFFFFFFFF
 

@@ -75,6 +75,12 @@ DEVICE void add_one(unsigned long long* count) { atomicAdd(count, 1ull); }
 DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }  // rounded once
 DEVICE float exponential(float x) { return expf(x); }
 DEVICE float logarithm(float x) { return logf(x); }
+DEVICE float inverse_root(float x) { return rsqrtf(x); }
+// x, from which nothing is computed ahead of a loop and kept: ten round keys of Philox, say, in twenty registers.
+DEVICE unsigned not_hoisted(unsigned x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 DEVICE float error_function(float x) { return erff(x); }
 
 template <class... P> DEVICE bool aligned16(const P*... p) {

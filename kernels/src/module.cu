@@ -4,6 +4,7 @@
 #include "bias_act.cuh"
 #include "convert.cuh"
 #include "gemm.cuh"
+#include "norm_act.cuh"
 #include "shuffle.cuh"
 #include "softmax_xent.cuh"
 
@@ -128,3 +129,39 @@ GEMM(tf32, Tf32, 64)
 GEMM(tf32, Tf32, 128)
 GEMM(bf16, Bf16, 64)
 GEMM(bf16, Bf16, 128)
+
+KERNEL(4) batch_norm_stats(const float* z, float* mean, float* var, float* running_mean, float* running_var,
+                           float momentum, float* partial, unsigned* counters, index_t B, index_t N) {
+  batch_norm_stats_block(z, {mean, var, running_mean, running_var, momentum}, partial, counters, B, N);
+}
+
+#define DROPOUT                                                                                               \
+  unsigned threshold, float scale, unsigned seed_low, unsigned seed_high, float step,                         \
+      const float* step_pointer, unsigned layer, unsigned row
+
+#define NORM_ACT(name, Act)                                                                                   \
+  KERNEL(4) norm_act_##name(const float* z, const float* bias, const float* mean, const float* var,           \
+                            const float* weight, float eps, float* y, index_t B, index_t N, DROPOUT) {        \
+    norm_act_rows<Act>(Rows{B, N}, z, bias, {mean, var, weight, eps},                                         \
+                       {threshold, scale, seed_low, seed_high, step, step_pointer, layer, row}, y);           \
+  }                                                                                                           \
+  KERNEL(4) norm_act_backward_##name(const float* dy, const float* z, const float* bias, const float* mean,   \
+                                     const float* var, const float* weight, float eps, float* dz,             \
+                                     float* bias_grad, float* weight_grad, float* partial,                    \
+                                     unsigned* counters, index_t B, index_t N, DROPOUT) {                     \
+    norm_act_backward_block<Act>(dy, z, bias, {mean, var, weight, eps},                                       \
+                                 {threshold, scale, seed_low, seed_high, step, step_pointer, layer, row},     \
+                                 dz, bias_grad, weight_grad, partial, counters, B, N);                        \
+  }
+
+NORM_ACT(identity, Identity)
+NORM_ACT(relu, Relu)
+NORM_ACT(leaky_relu, LeakyRelu)
+NORM_ACT(silu, Silu)
+NORM_ACT(gelu, Gelu)
+NORM_ACT(gelu_tanh, GeluTanh)
+
+KERNEL(4) norm_input_gradient(const float* z, const float* mean, const float* var, const float* weight, float eps,
+                              const float* bias_grad, const float* weight_grad, float* dz, index_t B, index_t N) {
+  norm_input_gradient_rows(Rows{B, N}, z, {mean, var, weight, eps}, bias_grad, weight_grad, 1.0f / (float)B, dz);
+}

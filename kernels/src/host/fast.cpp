@@ -6,6 +6,7 @@
 #include "../batch.cuh"
 #include "../bias_act.cuh"
 #include "../convert.cuh"
+#include "../norm_act.cuh"
 #include "../shuffle.cuh"
 #include "../softmax_xent.cuh"
 #include "gather.h"
@@ -45,6 +46,13 @@ template <class F> void over_rows(const RowChunks& c, F f) {
   });
 }
 
+// Adds what chunks have left, `width` floats each, in their order.
+void add_chunks(const std::vector<float>& partial, index_t width, float* sums) {
+  std::copy_n(partial.data(), width, sums);
+  for (index_t k = width; k < (index_t)partial.size(); k += width)
+    for (index_t j = 0; j < width; ++j) sums[j] += partial[k + j];
+}
+
 template <class Act> void backward(const float* dy, const float* saved, const float* bias, float* dz, float* dbias,
                                    index_t B, index_t N, double cost) {
   const RowChunks chunks(B, N, cost);
@@ -52,10 +60,28 @@ template <class Act> void backward(const float* dy, const float* saved, const fl
   over_rows(chunks, [&](index_t k, Rows rows) {
     bias_act_backward_rows<Act>(rows, dy, saved, bias, dz, chunks.count > 1 ? &partial[k * N] : dbias);
   });
-  if (chunks.count == 1) return;
-  std::copy_n(partial.data(), N, dbias);
-  for (index_t k = 1; k < chunks.count; ++k)
-    for (index_t j = 0; j < N; ++j) dbias[j] += partial[k * N + j];
+  if (chunks.count > 1) add_chunks(partial, N, dbias);
+}
+
+// dbias and dweight of all chunks, and dz, which is du at first and where there is normalisation, in a second pass, more.
+template <class Act>
+void norm_backward(const float* dy, const float* z, const float* bias, const Norm& norm, const Dropout& dropout,
+                   float* dz, float* dbias, float* dweight, index_t B, index_t N, double cost) {
+  std::vector<float> scratch(3 * N), sums(2 * N);
+  const PreparedColumns columns = prepare_columns(norm, bias, N, scratch.data());
+  const RowChunks chunks(B, N, cost);
+  std::vector<float> partial(chunks.count * 2 * N);
+  over_rows(chunks, [&](index_t k, Rows rows) {
+    float* const mine = &partial[k * 2 * N];
+    norm_act_backward_rows<Act>(rows, dy, z, columns, dropout, dz, mine, mine + N);
+  });
+  add_chunks(partial, 2 * N, sums.data());
+  std::copy_n(sums.data(), N, dbias);
+  if (!norm.mean) return;
+  std::copy_n(sums.data() + N, N, dweight);
+  over_rows(RowChunks(B, N, 0.4), [&](index_t, Rows rows) {
+    norm_input_gradient_rows(rows, z, columns, dbias, dweight, 1.0f / (float)B, dz);
+  });
 }
 
 }  // namespace
@@ -185,3 +211,49 @@ EXPORT void advance(index_t* offset, index_t by, float* step) { advance_step(off
 EXPORT void to_bfloat16(const float* x, unsigned short* y, index_t n) {
   over_elements(n, 0.2, [=](Range range) { to_bfloat16_range(range, x, y); });
 }
+
+EXPORT void batch_norm_stats(const float* z, float* mean, float* var, float* running_mean, float* running_var,
+                             float momentum, index_t B, index_t N) {
+  const RowChunks chunks(B, N, 0.3);
+  std::vector<float> partial(chunks.count * 2 * N);
+  over_rows(chunks, [&](index_t k, Rows rows) {
+    float* const mine = &partial[k * 2 * N];
+    moments_of_rows(rows, z, mine, mine + N);
+  });
+  float *const means = partial.data(), *const m2 = means + N;
+  for (index_t k = 1; k < chunks.count; ++k) {
+    const index_t before = k * chunks.rows;
+    const Shares s = shares((float)before, (float)std::min(chunks.rows, B - before));
+    const float* const other = &partial[k * 2 * N];
+    for (index_t j = 0; j < N; ++j) merge_moments(means[j], m2[j], other[j], other[N + j], s);
+  }
+  const Statistics statistics{mean, var, running_mean, running_var, momentum};
+  for (index_t j = 0; j < N; ++j) write_statistics(statistics, j, means[j], m2[j], B);
+}
+
+#define DROPOUT                                                                                               \
+  unsigned threshold, float scale, unsigned seed_low, unsigned seed_high, float step, unsigned layer, unsigned row
+
+#define NORM_ACT(name, Act, forward_cost, backward_cost)                                                      \
+  EXPORT void norm_act_##name(const float* z, const float* bias, const float* mean, const float* var,         \
+                              const float* weight, float eps, float* y, index_t B, index_t N, DROPOUT) {      \
+    const Dropout dropout{threshold, scale, seed_low, seed_high, step, nullptr, layer, row};                  \
+    std::vector<float> scratch(3 * N);                                                                        \
+    const PreparedColumns columns = prepare_columns({mean, var, weight, eps}, bias, N, scratch.data());       \
+    over_rows(RowChunks(B, N, forward_cost + (threshold ? 1.0 : 0.0)),                                        \
+              [&](index_t, Rows rows) { norm_act_rows<Act>(rows, z, columns, dropout, y); });                 \
+  }                                                                                                           \
+  EXPORT void norm_act_backward_##name(const float* dy, const float* z, const float* bias, const float* mean, \
+                                       const float* var, const float* weight, float eps, float* dz,           \
+                                       float* dbias, float* dweight, index_t B, index_t N, DROPOUT) {         \
+    norm_backward<Act>(dy, z, bias, {mean, var, weight, eps},                                                 \
+                       {threshold, scale, seed_low, seed_high, step, nullptr, layer, row}, dz, dbias, dweight, \
+                       B, N, backward_cost + (threshold ? 1.0 : 0.0));                                        \
+  }
+
+NORM_ACT(identity, Identity, 0.3, 0.5)
+NORM_ACT(relu, Relu, 0.3, 0.5)
+NORM_ACT(leaky_relu, LeakyRelu, 0.3, 0.5)
+NORM_ACT(silu, Silu, 0.6, 0.9)
+NORM_ACT(gelu, Gelu, 0.8, 1.2)
+NORM_ACT(gelu_tanh, GeluTanh, 0.7, 1.1)
