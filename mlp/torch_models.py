@@ -54,8 +54,8 @@ def select(kind: str, fused: bool) -> TorchDevice:
 class FusedLinear(nn.Linear):
     """A linear layer and the activation after it, by our kernel after torch's product."""
 
-    def __init__(self, n_in, n_out, activation, **options):
-        super().__init__(n_in, n_out, **options)
+    def __init__(self, n_in, n_out, activation, device=None):
+        super().__init__(n_in, n_out, device=device)
         self.activation = activation
 
     def forward(self, x):

@@ -1,12 +1,14 @@
 """M2 and M3: torch's models against ours from scratch, whatever they are trained with."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 import kernels
 from kernels import plain
-from mlp import InputError, configs
+from mlp import InputError, configs, products
 from mlp.model import MLP
 from mlp.scratch import ScratchLearner
 from mlp.torch_models import TorchLearner
@@ -20,6 +22,11 @@ M3 = dict(model="m3", backend="scratch", hidden=(40, 24))
 def in_torch(data=DATA, model="m3", **changes):
     config = configs.preset(model, **changes)
     return TorchLearner(config, data, "cpu", len(data.labels))
+
+
+def ours_of(ops, chunk_rows=2048, model="m3", **changes):
+    config = configs.preset(model, **changes)
+    return ScratchLearner(config, DATA, cpu(ops, chunk_rows), len(DATA.labels))
 
 
 def losses(ours, steps, rows, data=DATA):
@@ -40,8 +47,9 @@ def losses(ours, steps, rows, data=DATA):
 
 @pytest.mark.parametrize("fused", [False, True], ids=BACKENDS)
 def test_a_hundred_steps_of_m2_equal_those_of_m1(fused):
-    """The full model, each of both with the batches that the seed gives."""
-    data = easy_dataset(1280, 47)
+    """The full model, each of both with the batches of its first epoch. Later ones, of images seen before, would tell
+    less: where all losses go to 0, a last bit grows from step to step, in any two ways to compute the same."""
+    data = easy_dataset(12800, 47)
     ours = losses(learner("plain", data, model="m1"), 100, 128, data)
     theirs = losses(in_torch(data, "m2", fused=fused), 100, 128, data)
     assert (np.abs(theirs - ours) <= 1e-4 * ours).all() and ours[-10:].mean() < 0.98 * ours[:10].mean()
@@ -59,12 +67,12 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=lambda c: "-".join(c))
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("ops", BACKENDS)
 @pytest.mark.parametrize("fused", [False, True], ids=["torch", "fused torch"])
-def test_ours_equals_torchs_without_dropout(backend, fused, changes):
+def test_ours_equals_torchs_without_dropout(ops, fused, changes):
     """Every way to train M3, batch normalisation and its running statistics included."""
     changes = dict(M3) | dict(dropout=0.0) | changes
-    ours = learner(backend, DATA, **changes)
+    ours = ours_of(ops, **changes)
     theirs = in_torch(fused=fused, **changes | {"backend": "torch"})
     one, other = losses(ours, 24, 50), losses(theirs, 24, 50)
     assert (np.abs(other - one) <= 1e-4 * np.abs(one)).all() and one[-4:].mean() < 0.95 * one[:4].mean()
@@ -80,7 +88,7 @@ def test_ours_equals_torchs_without_dropout(backend, fused, changes):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dropout_is_for_training_and_both_learn_with_it(backend):
-    ours, theirs = learner(backend, DATA, **M3 | dict(dropout=0.4)), in_torch(hidden=M3["hidden"], dropout=0.4)
+    ours, theirs = ours_of(backend, **M3 | dict(dropout=0.4)), in_torch(hidden=M3["hidden"], dropout=0.4)
     one, other = losses(ours, 64, 50), losses(theirs, 64, 50)
     assert abs(one[-8:].mean() - other[-8:].mean()) <= 0.15 * other[-8:].mean()
     assert one[-8:].mean() < 0.8 * one[:8].mean()
@@ -123,7 +131,7 @@ def test_gradients_equal_finite_differences(ops, norm, dropout):
 
 def test_a_batch_in_chunks_drops_the_same_outputs():
     changes = dict(M3) | dict(batch_norm=False, dropout=0.5, batch_size=200)
-    whole, chunked = learner("fused", DATA, **changes), learner("fused", DATA, chunk_rows=64, **changes)
+    whole, chunked = ours_of("fused", **changes), ours_of("fused", 64, **changes)
     assert chunked.budget.rows == 64
     one, other = losses(whole, 6, 200), losses(chunked, 6, 200)
     assert (np.abs(other - one) <= 1e-5 * one).all()
@@ -132,7 +140,7 @@ def test_a_batch_in_chunks_drops_the_same_outputs():
 
 def test_batch_normalisation_needs_the_whole_batch():
     with pytest.raises(InputError, match="--batch-norm needs the whole batch at once, and of 200 .*--batch-size"):
-        learner("plain", DATA, chunk_rows=64, **M3 | dict(batch_size=200))
+        ours_of("plain", 64, **M3 | dict(batch_size=200))
     with pytest.raises(InputError, match="--batch-norm has no statistics of a single image.*--batch-size"):
         in_torch(batch_size=399)
 
@@ -141,7 +149,7 @@ def test_batch_normalisation_needs_the_whole_batch():
 @pytest.mark.parametrize("backend", [*BACKENDS, "torch"])
 def test_a_snapshot_brings_back_all_that_is_judged(backend, ema):
     changes = dict(M3) | dict(ema=ema)
-    ours = in_torch(**changes | {"backend": "torch"}) if backend == "torch" else learner(backend, DATA, **changes)
+    ours = in_torch(**changes | {"backend": "torch"}) if backend == "torch" else ours_of(backend, **changes)
     losses(ours, 8, 50)
     kept, before = ours.snapshot(), ours.evaluate(all_rows(DATA), 0.2)
     losses(ours, 8, 50)
@@ -153,7 +161,7 @@ def test_a_snapshot_brings_back_all_that_is_judged(backend, ema):
 
 
 def test_the_average_of_the_parameters_is_that_of_the_formula():
-    ours, bare = learner("fused", DATA, **M3 | dict(ema=0.8)), learner("fused", DATA, **M3)
+    ours, bare = ours_of("fused", **M3 | dict(ema=0.8)), ours_of("fused", **M3)
     average = bare.model.parameters.astype(np.float64)
     for step in range(1, 7):
         for each in (ours, bare):
@@ -165,7 +173,7 @@ def test_the_average_of_the_parameters_is_that_of_the_formula():
 
 
 def test_every_epoch_has_its_own_noise_and_maps():
-    ours = learner("fused", DATA, **M3 | dict(train_noise=0.3, augment=1.0))
+    ours = ours_of("fused", **M3 | dict(train_noise=0.3, augment=1.0))
     batches = []
     for epoch in (1, 2, 1):
         ours.begin_epoch(all_rows(DATA), epoch)
@@ -177,12 +185,7 @@ def test_every_epoch_has_its_own_noise_and_maps():
     assert np.abs(batches[0] - DATA.images[:100] / 255.0).max() > 0.3
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_own_products_refuse_what_is_not_fused_to_them(backend, monkeypatch):
-    from dataclasses import replace
-
-    from mlp import products
-
+def test_own_products_refuse_what_is_not_fused_to_them():
     config = configs.preset("m3", backend="scratch", gemm="own", precision="tf32", fused=True)
     gpu = replace(cpu("fused"), kind="cuda")
     with pytest.raises(InputError, match="--gemm own fuses bias and activation.*--batch-norm"):
