@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, help="folder for the results (default: a new one under runs/)")
     change = parser.add_argument_group("what to change in the preset").add_argument
     add("--config", type=Path, help="file of fields that replace the preset's, as a search's best.json; flags go first")
-    find = parser.add_argument_group("a search instead of one training; fields that flags give are not searched").add_argument
+    find = parser.add_argument_group("a search; what flags and --config decide is not searched").add_argument
     find("--search", type=int, metavar="N", help="try configurations around the preset until N trials are finished")
     find("--study", type=Path, help="SQLite file of the trials, begun or gone on with (default: one under runs/)")
     find("--jobs", type=int, help="processes that search at once (default: 1)")

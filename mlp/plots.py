@@ -74,7 +74,8 @@ def search_history(path: Path, points: list[tuple[int, float, bool]], title: str
     """Validation accuracy by trial: (number, accuracy, whether it is complete), and the best complete one so far."""
     figure = new_figure(figsize=(8, 4.5))
     axes = figure.subplots()
-    for complete, marker, color, label in ((True, "o", "C0", "complete"), (False, "x", "grey", "cut short, last epoch")):
+    kinds = ((True, "o", "C0", "complete"), (False, "x", "grey", "cut short: last epoch"))
+    for complete, marker, color, label in kinds:
         chosen = [(number, 100.0 * accuracy) for number, accuracy, whether in points if whether == complete]
         if chosen:
             axes.scatter(*zip(*chosen), marker=marker, color=color, label=label, zorder=3)

@@ -31,6 +31,10 @@ from .search_study import WAIT_SECONDS, add_trials, finished, open_study
 THREAD_VARIABLES = ("KERNELS_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
 
 
+def silent(*_) -> None:
+    """Tell nobody: what several processes do is shown by the one that started them."""
+
+
 class TrialReporter(Reporter):
     """Hands every epoch of a training to Optuna, which may end it."""
 
@@ -56,7 +60,7 @@ class TrialReporter(Reporter):
 class Objective:
     """Trains a trial. Data and device are there once, for all trials of this process."""
 
-    def __init__(self, space: Space, dataset: data.Dataset, stop=lambda: False, show=lambda text: None):
+    def __init__(self, space: Space, dataset: data.Dataset, stop=lambda: False, show=silent):
         self.space, self.dataset, self.stop, self.show = space, dataset, stop, show
         self.split = data.stratified_split(dataset.labels)
         self.device = select(space.base.device, space.base.fused)
@@ -144,8 +148,8 @@ def _search(study, file, trials, jobs, objective) -> int:
     try:
         if jobs > 1:
             return _in_processes(file, trials, jobs, objective.space, progress)
-        objective.show = progress.epoch
-        add_trials(study, trials, objective, progress.update)
+        objective.show = progress.show
+        add_trials(study, trials, objective, progress.update, progress.wait)
         return 0
     except KeyboardInterrupt:
         return 130
@@ -186,7 +190,7 @@ def _work(file, trials, space, lifeline) -> None:
     try:
         dataset = data.load(space.base.data)
         objective = Objective(space, dataset, stop=lifeline.poll)
-        add_trials(open_study(file, space, dataset), trials, objective, on_trial=lambda: None)
+        add_trials(open_study(file, space, dataset), trials, objective, silent, silent)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

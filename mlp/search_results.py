@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import warnings
 from pathlib import Path
 
 import optuna
@@ -16,7 +17,9 @@ from .search_space import Space, as_flags
 from .search_study import WHERE, finished
 
 # What belongs together, searched or not: a learning rate means little with another optimizer or number of epochs.
-RECIPE = ("hidden", "batch_size", "optimizer", "momentum", "lr", "schedule", "decay", "gamma", "l2", "decoupled", "epochs")
+RECIPE = (
+    "hidden", "batch_size", "optimizer", "momentum", "lr", "schedule", "decay", "gamma", "l2", "decoupled", "epochs",
+)  # fmt: skip
 COLUMNS = ("trial", "state", "outcome", "val_accuracy", "kept_epoch", "epochs", "seconds")
 ENOUGH = 5  # trials that should be among the best share that PED-ANOVA compares with all
 
@@ -26,7 +29,7 @@ class Progress:
 
     def __init__(self, study: optuna.Study, total: int):
         self._study, self._seen = study, {trial.number for trial in finished(study)}
-        self._bar = tqdm(total=total, initial=len(self._seen), desc="search", unit=" trials", leave=False, disable=None)
+        self._bar = tqdm(total=total, initial=len(self._seen), desc="search", unit="trial", leave=False, disable=None)
 
     def update(self) -> None:
         """Show the trials that have ended since the last call."""
@@ -38,8 +41,14 @@ class Progress:
                 print(_line(trial, so_far), flush=True)
             self._bar.update()
 
-    def epoch(self, text: str) -> None:
+    def show(self, text: str) -> None:
+        """Say beside the bar what is being done."""
         self._bar.set_postfix_str(text)
+
+    def wait(self) -> None:
+        """What is still to come runs elsewhere, or did when its process died."""
+        self.show("waiting for trials of other processes")
+        self.update()
 
     def close(self) -> None:
         self._bar.close()
@@ -94,7 +103,7 @@ def write(folder: Path, study: optuna.Study, space: Space, dataset: Dataset) -> 
         points = [(t.number, last_accuracy(t), t.state == TrialState.COMPLETE) for t in done]
         plots.search_history(folder / "history.png", [p for p in points if p[1] is not None], f"search of {title}")
     complete = [trial for trial in done if trial.state == TrialState.COMPLETE]
-    if len(complete) > ENOUGH and len(space.ranges) > 1:
+    if len(complete) >= ENOUGH and len(space.ranges) > 1:
         plots.importance(
             folder / "importance.png", importances(study, len(complete)),
             f"what decided the accuracy: {title}, {len(complete)} complete trials",
@@ -125,7 +134,8 @@ def importances(study: optuna.Study, complete: int) -> dict[str, float]:
     """By parameter its share in what sets the best trials apart, by PED-ANOVA (Watanabe et al., IJCAI 2023)."""
     share = min(0.5, max(0.1, ENOUGH / complete))
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=share)
-    return optuna.importance.get_param_importances(study, evaluator=evaluator)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # all alike, where the accuracies are
+        return optuna.importance.get_param_importances(study, evaluator=evaluator)
 
 
 def _table(trials: list[FrozenTrial]) -> str:

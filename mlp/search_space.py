@@ -48,7 +48,7 @@ class Space:
         if "batch_size" not in fixed:
             ranges["log2_batch"] = "int", {"low": 6, "high": 11}
         if not ranges:
-            raise InputError("--search has nothing to choose, as flags decide all that it varies; leave one of them out")
+            raise InputError("--search has nothing to choose, because flags decide all that it varies; leave one out")
         return cls(base, frozenset(fixed), ranges)
 
     def suggest(self, trial) -> dict:

@@ -5,12 +5,15 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import optuna
 import sqlalchemy
+from optuna.exceptions import ExperimentalWarning, OptunaError
 from optuna.trial import TrialState
+from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
 
 from . import InputError
 from .data import Dataset
@@ -18,20 +21,20 @@ from .search_space import Space
 
 HEARTBEAT_SECONDS = 5  # while a trial runs, its process writes the time into the study so often
 # A trial whose process has not done so for this long is lost. Not shorter: the clocks of several machines differ.
-GRACE_SECONDS = 60
+GRACE_SECONDS = 30
 LOCK_SECONDS = 60.0  # how long a process waits for another's writing
 WAIT_SECONDS = 0.5
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 WHERE = frozenset(("data", "device", "fused", "gemm", "memory_limit"))  # what does not change the outcome, but rounding
 
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # heartbeat and constant liar
+warnings.filterwarnings("ignore", category=ExperimentalWarning)  # heartbeat and constant liar
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 class NumberedTPE(optuna.samplers.BaseSampler):
-    """TPE whose random numbers follow from the seed and the number of the trial. So no two processes draw the same,
-    a study goes on after an interruption as it would have without, and one process alone makes the same study again.
-    Trials that run elsewhere count as bad ones meanwhile ("constant liar"), which keeps processes apart."""
+    """TPE whose random numbers follow from the seed and the number of the trial. So no two processes draw the same, nor
+    does one that goes on with a study, and one process alone makes the same study again. Trials that run elsewhere
+    count as bad ones meanwhile ("constant liar"), which keeps processes apart."""
 
     def __init__(self, seed: int):
         self._seed, self._tpe = seed, None
@@ -59,26 +62,36 @@ def open_study(file: Path, space: Space, dataset: Dataset) -> optuna.Study:
     are of another data set, of other settings or of another space: such do not compare."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        storage = optuna.storages.RDBStorage(
-            sqlalchemy.URL.create("sqlite", database=str(file)).render_as_string(),
-            engine_kwargs={"connect_args": {"timeout": LOCK_SECONDS}},
-            heartbeat_interval=HEARTBEAT_SECONDS,
-            grace_period=GRACE_SECONDS,
-        )
         study = optuna.create_study(
-            storage=storage,
+            storage=_storage(file),
             study_name="search",
             direction="maximize",
             load_if_exists=True,
             sampler=NumberedTPE(space.base.seed),
-            # The first trials show what is usual, and the first epochs of a low learning rate do not show where it ends.
+            # The first trials show what is usual; the first epochs of a low learning rate do not show where it ends.
             pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=max(1, space.base.epochs // 4)),
         )
         _compare(study, file, _fingerprint(space, dataset))
-    except (OSError, RuntimeError, sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+    except (OSError, RuntimeError, SQLAlchemyError, OptunaError) as error:
         reason = " ".join(str(getattr(error, "orig", None) or error.__cause__ or error).split())
         raise InputError(f"--study {file} cannot be used ({reason}); give a file of a search, or a new one") from None
     return study
+
+
+def _storage(file: Path) -> optuna.storages.RDBStorage:
+    """The storage in `file`. Processes that create it at the same moment run into each other's half made tables."""
+    for last in (*[False] * 20, True):
+        try:
+            return optuna.storages.RDBStorage(
+                sqlalchemy.URL.create("sqlite", database=str(file)).render_as_string(),
+                engine_kwargs={"connect_args": {"timeout": LOCK_SECONDS}},
+                heartbeat_interval=HEARTBEAT_SECONDS,
+                grace_period=GRACE_SECONDS,
+            )
+        except (IntegrityError, OperationalError):
+            if last or not file.is_file():
+                raise
+            time.sleep(0.2)
 
 
 def _fingerprint(space: Space, dataset: Dataset) -> dict:
@@ -106,9 +119,9 @@ def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return study.get_trials(deepcopy=False, states=FINISHED)
 
 
-def add_trials(study: optuna.Study, total: int, objective: Callable, on_trial: Callable[[], None]) -> None:
+def add_trials(study: optuna.Study, total: int, objective: Callable, on_trial: Callable, on_wait: Callable) -> None:
     """Run trials until `total` are finished, those of other processes among them, and wait for what runs elsewhere:
-    if its process dies, its trial is made here. on_trial is called after each trial, and while waiting.
+    where its process dies, another trial is made here. Calls on_trial() after each trial, on_wait() while waiting.
 
     objective(trial) returns what is to be high, or raises optuna.TrialPruned; what else it raises ends the search.
     """
@@ -122,7 +135,17 @@ def add_trials(study: optuna.Study, total: int, objective: Callable, on_trial: C
     while len(finished(study)) < total:
         if len(study.get_trials(deepcopy=False, states=(*FINISHED, TrialState.RUNNING))) < total:
             study.optimize(guarded, n_trials=1, catch=(NotNeeded,), gc_after_trial=True)
+            on_trial()
         else:
-            optuna.storages.fail_stale_trials(study)
+            on_wait()
+            _fail_lost(study)
             time.sleep(WAIT_SECONDS)
-        on_trial()
+
+
+def _fail_lost(study: optuna.Study) -> None:
+    """Mark the running trials of processes that are gone as failed."""
+    optuna.storages.fail_stale_trials(study)  # those that had a heartbeat
+    begun_before = datetime.now() - timedelta(seconds=GRACE_SECONDS)
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if not trial.params and trial.datetime_start < begun_before:
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
