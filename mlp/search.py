@@ -32,21 +32,20 @@ THREAD_VARIABLES = ("KERNELS_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THRE
 
 
 def silent(*_) -> None:
-    """Tell nobody: what several processes do is shown by the one that started them."""
+    """Tell nobody."""
 
 
 class TrialReporter(Reporter):
     """Hands every epoch of a training to Optuna, which may end it."""
 
-    def __init__(self, trial, stop, show):
-        self._trial, self._stop, self._show = trial, stop, show
+    def __init__(self, trial, check, show):
+        self._trial, self._check, self._show = trial, check, show
 
     def begin_epoch(self, epoch, epochs, images):
         self._last = epochs
 
     def advance(self, images):
-        if self._stop():
-            raise KeyboardInterrupt
+        self._check()
 
     def end_epoch(self, row, best):
         self._show(f"trial {self._trial.number}, epoch {row.epoch}/{self._last}, val {row.val_accuracy:.2%}")
@@ -58,17 +57,20 @@ class TrialReporter(Reporter):
 
 
 class Objective:
-    """Trains a trial. Data and device are there once, for all trials of this process."""
+    """Trains a trial. Data and device are there once, for all trials of this process.
 
-    def __init__(self, space: Space, dataset: data.Dataset, stop=lambda: False, show=silent):
-        self.space, self.dataset, self.stop, self.show = space, dataset, stop, show
+    check: called often, raises KeyboardInterrupt to end the search. show: takes a text that says what is being done.
+    """
+
+    def __init__(self, space: Space, dataset: data.Dataset, check=silent, show=silent):
+        self.space, self.dataset, self.check, self.show = space, dataset, check, show
         self.split = data.stratified_split(dataset.labels)
         self.device = select(space.base.device, space.base.fused)
 
     def __call__(self, trial: optuna.Trial) -> float:
         """The validation accuracy of the epoch that was kept. optuna.TrialPruned also where the loss became NaN or
         infinite, or the model does not fit into the memory: results, which tell the sampler where not to look."""
-        self._free()
+        self.free()
         fields = self.space.suggest(trial)
         trial.set_user_attr("fields", fields)
         config = self.space.config(fields)
@@ -78,7 +80,7 @@ class Objective:
             trial.set_user_attr("outcome", "does not fit")
             raise optuna.TrialPruned from None
         with np.errstate(over="ignore", invalid="ignore"):  # a loss that diverges is an outcome
-            history = fit(learner, self.split, config, TrialReporter(trial, self.stop, self.show))
+            history = fit(learner, self.split, config, TrialReporter(trial, self.check, self.show))
         if history.outcome == "interrupted":
             raise KeyboardInterrupt
         trial.set_user_attr("outcome", history.outcome)
@@ -87,7 +89,7 @@ class Objective:
             raise optuna.TrialPruned
         return history.rows[history.best_epoch - 1].val_accuracy
 
-    def _free(self) -> None:
+    def free(self) -> None:
         """Give back what the last trial took; only now, as an exception that ended it has kept its learner alive."""
         gc.collect()
         if self.device.kind == "cuda":
@@ -110,17 +112,18 @@ def run(config: Config, given: Collection[str], *, search: int | None = None, st
     space = Space.around(config, given)
     dataset = data.load(config.data)
     objective = Objective(space, dataset)
-    make_learner(config, dataset, objective.device, len(objective.split.train))  # what the flags forbid shows now
-    name = f"search-{config.model}-{re.sub('[^A-Za-z0-9._-]+', '-', dataset.name)}"
-    file = study or Path("runs") / f"{name}.db"
+    make_learner(config, dataset, objective.device, len(objective.split.train))  # what is not possible shows now
+    objective.free()
+    name = re.sub("[^A-Za-z0-9._-]+", "-", dataset.name)
+    file = study or Path("runs") / f"search-{config.model}-{name}.db"
     out = out or file.with_name(f"{file.stem}-results")
     opened = open_study(file, space, dataset)
     make_folder(out)
     if dataset.notice:
         print(f"\n*** {dataset.notice} ***\n")
     print(
-        f"search of {', '.join(space.ranges)} around {config.model} on {dataset.name}, {config.epochs} epochs at most: "
-        f"{search} trials, of which {len(finished(opened))} are finished, in {file}\n"
+        f"search around {config.model} on {dataset.name}, at most {config.epochs} epochs: {', '.join(space.ranges)}\n"
+        f"{search} trials, of which {len(finished(opened))} are finished in {file}; "
         f"{jobs} {'process' if jobs == 1 else 'processes'} on {objective.device.name}",
         flush=True,
     )
@@ -168,9 +171,8 @@ def _in_processes(file, trials, jobs, space, progress) -> int:
         os.environ.setdefault(variable, str(max(1, cores // jobs)))
     context = multiprocessing.get_context("spawn")  # a fork would share threads and the GPU
     lifeline, held = context.Pipe(duplex=False)  # at its end when this process closes it or dies
-    # Ctrl-C reaches this process only, which then lets go of the lifeline.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     workers = [context.Process(target=_work, args=(file, trials, space, lifeline)) for _ in range(jobs)]
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # they inherit that: only this process hears of Ctrl-C
     for worker in workers:
         worker.start()
     try:
@@ -182,15 +184,23 @@ def _in_processes(file, trials, jobs, space, progress) -> int:
         held.close()
         for worker in workers:
             worker.join()
+    for worker in workers:
+        if worker.exitcode < 0:
+            print(f"error: signal {-worker.exitcode} ended a process of the search; try fewer --jobs", file=sys.stderr)
     return next((abs(worker.exitcode) for worker in workers if worker.exitcode), 0)
 
 
 def _work(file, trials, space, lifeline) -> None:
     """A process of its own: add trials to the study until there are enough, or the lifeline ends."""
+
+    def check():
+        if lifeline.poll():
+            raise KeyboardInterrupt
+
     try:
         dataset = data.load(space.base.data)
-        objective = Objective(space, dataset, stop=lifeline.poll)
-        add_trials(open_study(file, space, dataset), trials, objective, silent, silent)
+        objective = Objective(space, dataset, check)
+        add_trials(open_study(file, space, dataset), trials, objective, on_trial=check, on_wait=check)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

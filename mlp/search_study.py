@@ -125,16 +125,27 @@ def add_trials(study: optuna.Study, total: int, objective: Callable, on_trial: C
 
     objective(trial) returns what is to be high, or raises optuna.TrialPruned; what else it raises ends the search.
     """
+    given_up = False
+
+    def counted():
+        return study.get_trials(deepcopy=False, states=(*FINISHED, TrialState.RUNNING))
 
     def guarded(trial):
-        before = study.get_trials(deepcopy=False, states=(*FINISHED, TrialState.RUNNING))
-        if sum(other.number < trial.number for other in before) >= total:
+        nonlocal given_up
+        if sum(other.number < trial.number for other in counted()) >= total:
             raise NotNeeded
-        return objective(trial)
+        try:
+            return objective(trial)
+        finally:  # another process may have taken this one for dead, after the computer has slept for example
+            given_up = all(other.number != trial.number for other in counted())
 
     while len(finished(study)) < total:
-        if len(study.get_trials(deepcopy=False, states=(*FINISHED, TrialState.RUNNING))) < total:
-            study.optimize(guarded, n_trials=1, catch=(NotNeeded,), gc_after_trial=True)
+        if len(counted()) < total:
+            try:
+                study.optimize(guarded, n_trials=1, catch=(NotNeeded,), gc_after_trial=True)
+            except (ValueError, AssertionError):  # what Optuna makes of a trial that has been failed elsewhere
+                if not given_up:
+                    raise
             on_trial()
         else:
             on_wait()

@@ -129,6 +129,24 @@ def test_a_trial_that_another_process_has_made_needless_is_withdrawn():
     assert not called and [t.state.name for t in study.trials] == ["COMPLETE", "FAIL"]
 
 
+@pytest.mark.parametrize("report", [True, False])
+def test_a_trial_that_another_process_has_given_up_is_made_again(tmp_path, report):
+    study, numbers = optuna.create_study(direction="maximize", storage=f"sqlite:///{tmp_path / 's.db'}"), []
+
+    def objective(trial):
+        numbers.append(trial.number)
+        if trial.number == 0:
+            study.tell(0, state=TrialState.FAIL)
+            if report:
+                trial.report(0.5, 1)
+        return 0.5
+
+    search_study.add_trials(study, 1, objective, search.silent, search.silent)
+    assert numbers == [0, 1] and [t.state.name for t in study.trials] == ["FAIL", "COMPLETE"]
+    with pytest.raises(ValueError, match="own"):  # no other's doing
+        search_study.add_trials(study, 2, lambda trial: int("own"), search.silent, search.silent)
+
+
 def test_a_trial_behind_the_median_is_cut_short(good, tmp_path):
     config = configs.preset("m1", data=str(good), device="cpu", epochs=4, batch_size=64)
     space, dataset = Space.around(config, {"batch_size"}), search.data.load(config.data)
@@ -201,7 +219,8 @@ def test_what_flags_give_is_not_searched():
     base = configs.preset("m1f")
     for fixed, gone in (
         ((), set()), (("hidden",), {"depth", "width", "taper"}), (("lr",), {"lr"}), (("activation", "fused"), set()),
-        (("l2", "batch_size"), {"l2", "log2_batch"}), (("gamma",), {"schedule", "final"}), (("schedule",), {"schedule"}),
+        (("l2", "batch_size"), {"l2", "log2_batch"}), (("gamma",), {"schedule", "final"}),
+        (("schedule",), {"schedule"}),
     ):  # fmt: skip
         assert set(Space.around(base, fixed).ranges) == names - gone
     assert "final" not in Space.around(configs.preset("m1"), ("schedule",)).ranges
