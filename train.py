@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mlp import InputError, configs, flags
+from mlp import InputError, config_file, configs, flags
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--list", action="store_true", help="print the presets and leave")
     add("--model", default="m1", help="preset, one of those of --list (default: m1)")
     add("--backend", help="scratch (NumPy or CuPy) or torch; default: the preset's")
-    add("--fused", action="store_true", help="use the fused kernels instead of plain array code or torch's")
+    add("--fused", action="store_true", default=None, help="use the fused kernels instead of plain array code or torch's")
     add("--compile", action="store_true", default=None, help="torch: let torch.compile make one graph of a step")
     add("--device", help="auto (default: the GPU where there is one), cpu or cuda")
     add("--data", help="auto (default: EMNIST, else glyphs), emnist, glyphs[:N], or a folder of IDX or .npy files")
@@ -32,6 +32,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--nvtx", action="store_true", help="mark the phases for Nsight Systems")
     add("--out", type=Path, help="folder for the results (default: a new one under runs/)")
     change = parser.add_argument_group("what to change in the preset").add_argument
+    add("--config", type=Path, help="file of fields that replace the preset's, as a search's best.json; flags go first")
+    find = parser.add_argument_group("a search; what flags and --config decide is not searched").add_argument
+    find("--search", type=int, metavar="N", help="try configurations around the preset until N trials are finished")
+    find("--study", type=Path, help="SQLite file of the trials, begun or gone on with (default: one under runs/)")
+    find("--jobs", type=int, help="processes that search at once (default: 1)")
     change("--epochs", type=int, help="at most so many passes over the training images")
     change("--batch-size", type=flags.parse_batch_size, help="images per step, or 'full': exact full-batch descent")
     change("--lr", type=float, help="learning rate of the first epoch, for a loss that is the mean over the batch")
@@ -65,7 +70,14 @@ def main(argv=None) -> int:
                 print(f"{name:5} {configs.describe(config)}")
             return 0
         model, settings = args.pop("model"), {name: args.pop(name) for name in ("out", "nvtx", "tune", "explain")}
-        config = configs.from_flags(model, **{name: value for name, value in args.items() if value is not None})
+        search = {name: value for name in ("search", "study", "jobs") if (value := args.pop(name)) is not None}
+        file, given = args.pop("config"), {name: value for name, value in args.items() if value is not None}
+        given = config_file.with_file(file, given) if file else given
+        config = configs.from_flags(model, **given)
+        if search:
+            from mlp.search import run as search_for
+
+            return search_for(config, given, **search, **settings)
         from mlp import run  # NumPy and the rest: only when there is something to compute
 
         return run.train(config, **settings)

@@ -34,6 +34,12 @@ class Device:
         """The memory that is free on the GPU now; None on a CPU."""
         return self.xp.cuda.runtime.memGetInfo()[0] if self.kind == "cuda" else None
 
+    def release_memory(self) -> None:
+        """Give back what CuPy keeps of memory that nobody uses any more."""
+        if self.kind == "cuda":
+            self.xp.get_default_memory_pool().free_all_blocks()
+            self.xp.get_default_pinned_memory_pool().free_all_blocks()
+
     def numpy(self, array) -> np.ndarray:
         """A host copy of a device array; on a CPU the array itself."""
         return array.get() if self.kind == "cuda" else array

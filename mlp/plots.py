@@ -68,3 +68,40 @@ def noise(path: Path, accuracy: dict[float, float], classes: int, title: str) ->
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def search_history(path: Path, points: list[tuple[int, float, bool]], title: str) -> None:
+    """Validation accuracy by trial: (number, accuracy, whether it is complete), and the best complete one so far."""
+    figure = new_figure(figsize=(8, 4.5))
+    axes = figure.subplots()
+    kinds = ((True, "o", "C0", "complete"), (False, "x", "grey", "cut short: last epoch"))
+    for complete, marker, color, label in kinds:
+        chosen = [(number, 100.0 * accuracy) for number, accuracy, whether in points if whether == complete]
+        if chosen:
+            axes.scatter(*zip(*chosen), marker=marker, color=color, label=label, zorder=3)
+    complete = [(number, 100.0 * accuracy) for number, accuracy, whether in points if whether]
+    if complete:
+        numbers, accuracies = zip(*complete)
+        axes.step(numbers, np.maximum.accumulate(accuracies), where="post", color="C1", label="best so far")
+    axes.set_xlabel("trial")
+    axes.set_ylabel("validation accuracy (%)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    if points:
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def importance(path: Path, shares: dict[str, float], title: str) -> None:
+    """A bar for each parameter's share, the largest on top."""
+    names = sorted(shares, key=shares.get)
+    figure = new_figure(figsize=(8, 1.2 + 0.4 * len(names)))
+    axes = figure.subplots()
+    bars = axes.barh(names, [100.0 * shares[name] for name in names])
+    axes.bar_label(bars, fmt="%.0f", padding=3)
+    axes.margins(x=0.1)
+    axes.set_xlabel("importance (% of all, by PED-ANOVA)")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3, axis="x")
+    figure.savefig(path, dpi=120)

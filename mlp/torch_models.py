@@ -30,6 +30,11 @@ class TorchDevice:
     kind: str  # "cpu" or "cuda"
     name: str
 
+    def release_memory(self) -> None:
+        """Give back what torch keeps of memory that nobody uses any more."""
+        if self.kind == "cuda":
+            torch.cuda.empty_cache()
+
 
 def select(kind: str, fused: bool) -> TorchDevice:
     """torch's device for `--device`: auto is the GPU where torch finds one. InputError where it cannot be had, or with

@@ -80,6 +80,11 @@ MISTAKES = [
     (("--turbo",), "--turbo"),
     (("--batch", "4"), "--batch"),  # no abbreviations
     (("m1",), "m1"),
+    (("--config", "nowhere.json"), "--config nowhere.json"),
+    (("--config", "a-file"), "--config a-file"),
+    (("--search", "many"), "--search"),
+    (("--jobs", "2"), "--search"),
+    (("--search", "2", *GOOD, "--study", "a-file"), "--study a-file"),
     ((*GOOD, "--out", "a-file/below"), "--out a-file/below"),
     ((*GOOD, "--out", "a-file"), "--out a-file"),
     ((*GOOD, "--out", "x" * 300), "--out xxx"),
@@ -168,7 +173,7 @@ def test_help_is_immediate(place, option):
     log = train(option, cwd=place, python=("-X", "importtime", SCRIPT)).stderr
     imported = {line.rpartition("|")[2].strip() for line in log.splitlines()}
     assert "mlp.configs" in imported
-    heavy = {"numpy", "torch", "cupy", "scipy", "matplotlib", "tqdm", "kernels"}
+    heavy = {"numpy", "torch", "cupy", "scipy", "matplotlib", "tqdm", "optuna", "kernels"}
     assert not heavy & {name.partition(".")[0] for name in imported}
 
 
@@ -190,6 +195,6 @@ def test_the_commands_of_the_readme_are_accepted(capsys):
             assert words == ["--help"] and not end.code
             continue
         given = {name: value for name, value in args.items() if value is not None}
-        for other in ("list", "out", "model", "nvtx", "tune", "explain"):
+        for other in ("list", "out", "model", "nvtx", "tune", "explain", "config", "search", "study", "jobs"):
             given.pop(other, None)
         configs.preset(args["model"], **given)

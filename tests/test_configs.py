@@ -2,12 +2,13 @@
 
 import ast
 import dataclasses
+import json
 import math
 from pathlib import Path
 
 import pytest
 
-from mlp import InputError, configs, flags
+from mlp import InputError, config_file, configs, flags
 from mlp.configs import Config, preset
 
 from .training import ROOT
@@ -211,3 +212,49 @@ def test_the_momentum_of_a_preset_goes_with_its_optimizer():
     assert configs.preset("m1a", optimizer="adam").momentum == 0.0
     with pytest.raises(InputError, match="--momentum"):
         configs.preset("m1a", optimizer="adam", momentum=0.9)
+
+
+def written(folder, text):
+    path = folder / "best.json"
+    path.write_text(text if isinstance(text, str) else json.dumps({"config": text}))
+    return path
+
+
+def test_a_file_replaces_fields_and_flags_replace_those_of_the_file(tmp_path):
+    best = written(tmp_path, {"hidden": [64, 32], "lr": 1, "schedule": "linear", "decay": 0.1, "l2": 0.01})
+    assert config_file.read(best) == {"hidden": (64, 32), "lr": 1, "schedule": "linear", "decay": 0.1, "l2": 0.01}
+    config = configs.from_flags("m1", **config_file.with_file(best, {"lr": 0.5}))
+    assert (config.hidden, config.lr, config.decay, config.patience) == ((64, 32), 0.5, 0.1, preset("m1").patience)
+    config = configs.from_flags("m1", **config_file.with_file(best, {"schedule": "constant"}))
+    assert (config.schedule, config.decay, config.l2) == ("constant", Config.decay, 0.01)
+    sgd = written(tmp_path, {"optimizer": "sgd", "momentum": 0.9})
+    assert configs.from_flags("m1", **config_file.with_file(sgd, {"lr": 0.1})).momentum == 0.9
+    assert configs.from_flags("m0", **config_file.with_file(sgd, {"optimizer": "adam"})).momentum == 0.0
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [
+        ("", "not a configuration"), ('{"config": {"lr": 0.1', "not a configuration"), ("[1]", "not a configuration"),
+        ('{"lr": 0.1}', "config"), ('{"config": [0.1]}', "not a configuration"), ("\0", "not a configuration"),
+        ({"lr": "0.1"}, "lr"), ({"lr": True}, "lr"), ({"lr": None}, "lr"), ({"lr": [0.1]}, "lr"),
+        ({"width": 5}, "width"), ({"model": "m0"}, "model"),
+        ({"hidden": 5}, "hidden"), ({"hidden": [5.5]}, "hidden"), ({"hidden": [True]}, "hidden"),
+        ({"epochs": 2.0}, "epochs"), ({"batch_size": "half"}, "half"), ({"decoupled": 1}, "decoupled"),
+        ({"lr": math.nan}, "lr nan"), ({"schedule": "step"}, "step"), ({"momentum": 0.9}, "--optimizer sgd"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, word):
+    path = written(tmp_path, text)
+    with pytest.raises(InputError) as error:
+        config_file.read(path)
+    message = str(error.value)
+    assert message.startswith(f"--config {path} ") and word in message and "\n" not in message
+
+
+def test_a_file_that_is_not_there_or_not_text_is_refused(tmp_path):
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\0")
+    for path in (tmp_path / "none", tmp_path, tmp_path / "bytes"):
+        with pytest.raises(InputError, match="^--config "):
+            config_file.read(path)
