@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .evaluate import Evaluation
 from .loop import EpochRow
 
 
@@ -55,14 +56,15 @@ def confusion(path: Path, matrix: np.ndarray, class_names: tuple[str, ...], titl
     figure.savefig(path, dpi=120)
 
 
-def noise(path: Path, accuracy: dict[float, float], classes: int, title: str) -> None:
-    """Test accuracy against the standard deviation of Gaussian pixel noise, and what guessing would reach."""
+def noise(path: Path, by_sigma: dict[float, Evaluation], classes: int, title: str) -> None:
+    """What is right of the test set under Gaussian pixel noise of each standard deviation, and what guessing reaches."""
     figure = new_figure(figsize=(6, 4))
     axes = figure.subplots()
-    axes.plot(list(accuracy), [100.0 * a for a in accuracy.values()], marker="o", label="model")
+    for name, label in (("accuracy", "accuracy"), ("macro_f1", "macro F1")):
+        axes.plot(list(by_sigma), [100.0 * getattr(e, name) for e in by_sigma.values()], marker="o", label=label)
     axes.axhline(100.0 / classes, color="grey", linestyle=":", label="guessing a class")
     axes.set_xlabel("noise standard deviation (pixels in [0, 1])")
-    axes.set_ylabel("test accuracy (%)")
+    axes.set_ylabel("test images (%)")
     axes.set_ylim(0, 100)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)

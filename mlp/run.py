@@ -100,9 +100,9 @@ def make_learner(config: Config, dataset: data.Dataset, device: Device, train_ro
 def _finish(config, dataset, device, split, learner, history: History, folder: Path, began: float) -> int:
     """Judge the best parameters and write everything that is left to write."""
     _write_history(folder, history.rows)
-    checkpoint.save(folder / "checkpoint.npz", learner.arrays(), config, dataset.class_names)
+    checkpoint.save(folder / "checkpoint.npz", learner.arrays(), config, dataset.class_names, dataset.name)
     val, test = learner.evaluate(split.val), learner.evaluate(split.test)
-    noise = {sigma: learner.evaluate(split.test, sigma).accuracy if sigma else test.accuracy for sigma in NOISE_SIGMA}
+    noise = {sigma: learner.evaluate(split.test, sigma) if sigma else test for sigma in NOISE_SIGMA}
     title = f"{config.model}{' fused' if config.fused else ''} on {dataset.name}"
     labelled = ([name, *row] for name, row in zip(dataset.class_names, test.confusion.tolist()))
     _write_csv(folder / "confusion.csv", ["label \\ predicted", *dataset.class_names], labelled)
@@ -125,7 +125,7 @@ def _finish(config, dataset, device, split, learner, history: History, folder: P
         "seconds": time.perf_counter() - began,
         "val": val.summary(),
         "test": test.summary(),
-        "noise": {str(sigma): accuracy for sigma, accuracy in noise.items()},
+        "noise": {str(sigma): {"accuracy": e.accuracy, "macro_f1": e.macro_f1} for sigma, e in noise.items()},
     }
     _write_json(folder / "metrics.json", metrics)
     _print_summary(metrics, val, test, noise, folder)
@@ -134,13 +134,14 @@ def _finish(config, dataset, device, split, learner, history: History, folder: P
     return {"interrupted": 130, "diverged": 1}.get(history.outcome, 0)
 
 
-def _print_summary(metrics: dict, val: Evaluation, test: Evaluation, noise: dict, folder: Path) -> None:
+def _print_summary(metrics: dict, val: Evaluation, test: Evaluation, noise: dict[float, Evaluation], folder: Path) -> None:
     print(f"\n{metrics['outcome']} after {metrics['epochs']} epochs; kept epoch {metrics['best_epoch']}")
     print(f"{'':12}{'images':>9}{'accuracy':>11}{'macro F1':>11}{'cross-entropy':>16}")
     for name, part in (("validation", val), ("test", test)):
         print(f"{name:12}{part.n:9,}{part.accuracy:11.2%}{part.macro_f1:11.2%}{part.cross_entropy:16.4f}")
     print(f"{'noise sigma':12}" + "".join(f"{sigma:9.1f}" for sigma in noise))
-    print(f"{'test':12}" + "".join(f"{accuracy:9.2%}" for accuracy in noise.values()))
+    print(f"{'accuracy':12}" + "".join(f"{e.accuracy:9.2%}" for e in noise.values()))
+    print(f"{'macro F1':12}" + "".join(f"{e.macro_f1:9.2%}" for e in noise.values()))
     per_epoch = metrics["seconds_per_epoch"]
     print((f"{per_epoch:.2f} s per epoch; " if per_epoch else "") + f"results in {folder}")
 
