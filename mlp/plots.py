@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import InputError
 from .evaluate import Evaluation
 from .loop import EpochRow
 
@@ -15,6 +16,15 @@ def new_figure(*args, **kwargs):
     figure = Figure(*args, layout="constrained", **kwargs)
     FigureCanvasAgg(figure)
     return figure
+
+
+def save(figure, path: Path) -> None:
+    """Write a figure; InputError for a file that cannot be written or a format that matplotlib does not know."""
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise InputError(f"{path} cannot be written ({reason}); give another name, such as picture.png") from None
 
 
 def training(path: Path, rows: list[EpochRow], best_epoch: int, title: str) -> None:
