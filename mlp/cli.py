@@ -1,6 +1,8 @@
 """What the command lines share."""
 
 import argparse
+import re
+from pathlib import Path
 
 from . import InputError
 
@@ -10,3 +12,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(f"{message} (see --help)")
+
+
+def make_folder(folder: Path) -> Path:
+    """Create a folder for results; InputError where that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {folder} cannot be written ({error.strerror}); give another folder") from None
+    return folder
+
+
+def file_name(name: str) -> str:
+    """`name` without what is awkward in the name of a file."""
+    return re.sub("[^A-Za-z0-9._-]+", "-", name)

@@ -30,7 +30,7 @@ def emnist(scan: np.ndarray) -> np.ndarray:
     ink = crop(gaussian_filter(np.pad(scan, 4).astype(np.float32), 1.0), 0.5 / 255)
     side = max(ink.shape) + 4
     image = _reduced(ink, side)
-    return np.clip(image / image.max(), 0, 1)
+    return image / image.max()
 
 
 def glyph(scan: np.ndarray) -> np.ndarray:
@@ -56,7 +56,7 @@ def choose(data_name: str, class_names: tuple[str, ...]) -> str:
 
 def frame(scan: np.ndarray, kind: str) -> np.ndarray:
     """uint8 (28, 28), white on black, as Dataset.images: the scanned character (see ink.scan) in the frame `kind`."""
-    return np.round(255 * FRAMES[kind](scan)).astype(np.uint8)
+    return np.round(255 * np.clip(FRAMES[kind](scan), 0, 1)).astype(np.uint8)  # bicubic interpolation overshoots
 
 
 def _resize(scan, longer):

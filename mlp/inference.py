@@ -50,10 +50,11 @@ def check(saved: Checkpoint, path) -> None:
         expected |= {f"weight{i}": (n_in, n_out), f"bias{i}": (n_out,)}
         if any(f"{name}{i}" in saved.arrays for name in norms):
             expected |= {f"{name}{i}": (n_out,) for name in norms}
-    found = {name: array.shape for name, array in saved.arrays.items()}
+    advice = "give the checkpoint of a whole run"
     for name, shape in expected.items():
-        if found.get(name) != shape:
-            raise InputError(f"{path} has {name} {found.get(name)}, expected {shape}; give the checkpoint of a whole run")
+        found = saved.arrays[name].shape if name in saved.arrays else "nothing"
+        if found != shape:
+            raise InputError(f"{path} has {found} for {name}, expected {shape}; {advice}")
     for name, array in saved.arrays.items():
         if name not in expected or array.dtype.kind != "f" or not np.isfinite(array).all():
-            raise InputError(f"{path} holds {name}, which is not a finite parameter; give the checkpoint of a whole run")
+            raise InputError(f"{path} holds {name}, which is not an array of finite parameters; {advice}")

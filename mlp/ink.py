@@ -78,8 +78,8 @@ def _paper(picture):
 
 
 def _flat_paper(picture):
-    """The colour of the paper, float32 (3,), where it has but one: of two colours that of most of the outermost pixels.
-    None where the picture has not two colours but many."""
+    """The colour of the paper, float32 (3,), where it has but one: of two, that of most of the outermost pixels. None
+    where the picture has many colours."""
     pixels = picture.reshape(-1, 3) - picture.mean(axis=(0, 1))
     axis = np.linalg.eigh(pixels.T @ pixels)[1][:, -1]  # along which the colours differ most
     places = pixels @ axis
@@ -91,7 +91,7 @@ def _flat_paper(picture):
         threshold = (places[upper].mean() + places[~upper].mean()) / 2
     upper = places > threshold
     within = sum(float(side.var()) * side.size for side in (places[upper], places[~upper]) if side.size)
-    if not within < 0.15 * places.size * float(places.var()):  # of normally distributed places it is 0.36, of even ones 0.25
+    if not within < 0.15 * places.size * float(places.var()):  # normally distributed places have 0.36, even ones 0.25
         return None
     upper = upper.reshape(picture.shape[:2])
     outermost = np.concatenate([upper[0], upper[-1], upper[:, 0], upper[:, -1]])

@@ -67,14 +67,15 @@ def confusion(path: Path, matrix: np.ndarray, class_names: tuple[str, ...], titl
 
 
 def noise(path: Path, by_sigma: dict[float, Evaluation], classes: int, title: str) -> None:
-    """What is right of the test set under Gaussian pixel noise of each standard deviation, and what guessing reaches."""
+    """Accuracy and macro F1 by the standard deviation of Gaussian pixel noise, and what guessing would reach."""
     figure = new_figure(figsize=(6, 4))
     axes = figure.subplots()
-    for name, label in (("accuracy", "accuracy"), ("macro_f1", "macro F1")):
-        axes.plot(list(by_sigma), [100.0 * getattr(e, name) for e in by_sigma.values()], marker="o", label=label)
+    for name, label, style in (("accuracy", "accuracy", "o-"), ("macro_f1", "macro F1", "s--")):
+        values = [100.0 * getattr(evaluation, name) for evaluation in by_sigma.values()]
+        axes.plot(list(by_sigma), values, style, markersize=5, label=label)
     axes.axhline(100.0 / classes, color="grey", linestyle=":", label="guessing a class")
     axes.set_xlabel("noise standard deviation (pixels in [0, 1])")
-    axes.set_ylabel("test images (%)")
+    axes.set_ylabel("of the test images (%)")
     axes.set_ylim(0, 100)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)

@@ -134,7 +134,7 @@ def _finish(config, dataset, device, split, learner, history: History, folder: P
     return {"interrupted": 130, "diverged": 1}.get(history.outcome, 0)
 
 
-def _print_summary(metrics: dict, val: Evaluation, test: Evaluation, noise: dict[float, Evaluation], folder: Path) -> None:
+def _print_summary(metrics: dict, val: Evaluation, test: Evaluation, noise: dict, folder: Path) -> None:
     print(f"\n{metrics['outcome']} after {metrics['epochs']} epochs; kept epoch {metrics['best_epoch']}")
     print(f"{'':12}{'images':>9}{'accuracy':>11}{'macro F1':>11}{'cross-entropy':>16}")
     for name, part in (("validation", val), ("test", test)):
