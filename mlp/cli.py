@@ -15,9 +15,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_folder(folder: Path) -> Path:
-    """Create a folder for results; InputError where that is not possible."""
+    """Create a folder for results and see that it can be written; InputError where that is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise InputError(f"--out {folder} cannot be written ({error.strerror}); give another folder") from None
     return folder

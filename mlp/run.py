@@ -3,7 +3,6 @@
 import csv
 import json
 import platform
-import re
 import sys
 import time
 from contextlib import nullcontext
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from . import InputError, checkpoint, data, plots, products, ranges, tuning
+from .cli import file_name, make_folder
 from .configs import Config, describe
 from .device import Device, select
 from .evaluate import NOISE_SIGMA, Evaluation
@@ -158,18 +158,11 @@ def _refuse_used_folder(out: Path | None) -> None:
 def _make_folder(out: Path | None, config: Config, data_name: str) -> Path:
     """Create the run's folder and see that it can be written."""
     if out is None:
-        name = f"{config.model}{'-fused' if config.fused else ''}-{re.sub('[^A-Za-z0-9._-]+', '-', data_name)}"
+        name = f"{config.model}{'-fused' if config.fused else ''}-{file_name(data_name)}"
         out = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
         while out.exists():  # another run of the same second
             out = out.with_name(out.name + "x")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"--out {out} cannot be written ({error.strerror}); give another folder") from None
-    return out
+    return make_folder(out)
 
 
 def _provenance(learner: ScratchLearner, dataset: data.Dataset) -> dict:
