@@ -112,7 +112,7 @@ def _solve(design, values, weights):
 
 
 def _parts(mask):
-    """`mask` without its dirt, and without what reaches in from the edge while something larger stands inside."""
+    """`mask` without its dirt, and without what reaches in from the edge, unless all that stands inside is small."""
     from scipy.ndimage import label
 
     numbers, count = label(mask, np.ones((3, 3)))
@@ -122,7 +122,7 @@ def _parts(mask):
     inside = sizes.copy()
     inside[edge] = 0
     keep = sizes >= SMALLEST * sizes.max()
-    keep[edge] &= sizes[edge] >= inside.max()
+    keep[edge] &= sizes[edge] > 4 * inside.max()  # more than a dot, whose i is cut off at the edge
     keep[0] = False
     return keep[numbers]
 
