@@ -52,7 +52,7 @@ def read(path: Path) -> Checkpoint:
         if about["arrays"] != list(arrays):  # a damaged table of contents hides members without an error
             raise ValueError(f"it holds {', '.join(arrays) or 'no arrays'}, expected {', '.join(about['arrays'])}")
         fields = about["config"] | {"hidden": tuple(about["config"]["hidden"])}
-        return Checkpoint(arrays, Config(**fields), tuple(about["class_names"]), about.get("data_name", ""))
+        return Checkpoint(arrays, Config(**fields), tuple(about["class_names"]), str(about.get("data_name", "")))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give the checkpoint.npz of a run's folder") from None
     except InputError:

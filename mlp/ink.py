@@ -25,9 +25,7 @@ def scan(picture: np.ndarray, name="the picture") -> np.ndarray:
             paper = _flat_paper(picture)
             ink = None if paper is None else _coverage(picture - paper)
         if ink is None:
-            raise InputError(
-                f"{name} is blank, expected a character that stands out from its background; give another"
-            )
+            raise InputError(f"{name} is blank, expected a character that stands out from its background; give another")
         kept = _parts(ink > 0.5)
         window = _window(kept)
         if max(picture[window].shape) > 0.7 * max(picture.shape):
