@@ -1,20 +1,13 @@
 """Train an MLP on 28x28 character images: python train.py --model m1 --fused"""
 
-import argparse
 import sys
 from pathlib import Path
 
 from mlp import InputError, config_file, configs, flags
+from mlp.cli import Parser
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one sentence."""
-
-    def error(self, message):
-        raise InputError(f"{message} (see --help)")
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--list", action="store_true", help="print the presets and leave")

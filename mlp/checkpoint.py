@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,11 +14,17 @@ from .configs import Config
 FORMAT = 1
 
 
-def save(path: Path, arrays: dict[str, np.ndarray], config: Config, class_names: tuple[str, ...]) -> None:
-    """Write `path` whole or not at all: arrays by name, and as JSON the config and the names of the classes."""
-    about = json.dumps(
-        {"format": FORMAT, "config": asdict(config), "class_names": class_names, "arrays": list(arrays)}
-    )
+class Checkpoint(NamedTuple):
+    arrays: dict[str, np.ndarray]  # weight0 (in, out), bias0 (out,), weight1, ...
+    config: Config
+    class_names: tuple[str, ...]
+    data_name: str  # of the data set that it was trained on, as in Dataset.name; "" where it was not recorded
+
+
+def save(path: Path, arrays, config: Config, class_names: tuple[str, ...], data_name: str = "") -> None:
+    """Write `path` whole or not at all: arrays by name, and the rest of Checkpoint as JSON."""
+    names = {"class_names": class_names, "data_name": data_name, "arrays": list(arrays)}
+    about = json.dumps({"format": FORMAT, "config": asdict(config)} | names)
     temporary = path.with_name(path.name + ".part")
     with open(temporary, "wb") as file:
         np.savez(file, about=np.array(about), **arrays)
@@ -27,6 +34,11 @@ def save(path: Path, arrays: dict[str, np.ndarray], config: Config, class_names:
 
 
 def load(path: Path) -> tuple[dict[str, np.ndarray], Config, tuple[str, ...]]:
+    """The arrays, the config and the class names of read(path)."""
+    return read(path)[:3]
+
+
+def read(path: Path) -> Checkpoint:
     """Read what save() wrote; InputError for a file that is missing, damaged or of another format."""
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -40,7 +52,7 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], Config, tuple[str, ...]]:
         if about["arrays"] != list(arrays):  # a damaged table of contents hides members without an error
             raise ValueError(f"it holds {', '.join(arrays) or 'no arrays'}, expected {', '.join(about['arrays'])}")
         fields = about["config"] | {"hidden": tuple(about["config"]["hidden"])}
-        return arrays, Config(**fields), tuple(about["class_names"])
+        return Checkpoint(arrays, Config(**fields), tuple(about["class_names"]), str(about.get("data_name", "")))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give the checkpoint.npz of a run's folder") from None
     except InputError:

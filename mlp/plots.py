@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from . import InputError
+from .evaluate import Evaluation
 from .loop import EpochRow
 
 
@@ -14,6 +16,15 @@ def new_figure(*args, **kwargs):
     figure = Figure(*args, layout="constrained", **kwargs)
     FigureCanvasAgg(figure)
     return figure
+
+
+def save(figure, path: Path) -> None:
+    """Write a figure; InputError for a file that cannot be written or a format that matplotlib does not know."""
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise InputError(f"{path} cannot be written ({reason}); give another name, such as picture.png") from None
 
 
 def training(path: Path, rows: list[EpochRow], best_epoch: int, title: str) -> None:
@@ -55,14 +66,16 @@ def confusion(path: Path, matrix: np.ndarray, class_names: tuple[str, ...], titl
     figure.savefig(path, dpi=120)
 
 
-def noise(path: Path, accuracy: dict[float, float], classes: int, title: str) -> None:
-    """Test accuracy against the standard deviation of Gaussian pixel noise, and what guessing would reach."""
+def noise(path: Path, by_sigma: dict[float, Evaluation], classes: int, title: str) -> None:
+    """Accuracy and macro F1 by the standard deviation of Gaussian pixel noise, and what guessing would reach."""
     figure = new_figure(figsize=(6, 4))
     axes = figure.subplots()
-    axes.plot(list(accuracy), [100.0 * a for a in accuracy.values()], marker="o", label="model")
+    for name, label, style in (("accuracy", "accuracy", "o-"), ("macro_f1", "macro F1", "s--")):
+        values = [100.0 * getattr(evaluation, name) for evaluation in by_sigma.values()]
+        axes.plot(list(by_sigma), values, style, markersize=5, label=label)
     axes.axhline(100.0 / classes, color="grey", linestyle=":", label="guessing a class")
     axes.set_xlabel("noise standard deviation (pixels in [0, 1])")
-    axes.set_ylabel("test accuracy (%)")
+    axes.set_ylabel("of the test images (%)")
     axes.set_ylim(0, 100)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)

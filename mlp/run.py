@@ -3,7 +3,6 @@
 import csv
 import json
 import platform
-import re
 import sys
 import time
 from contextlib import nullcontext
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from . import InputError, checkpoint, data, plots, products, ranges, tuning
+from .cli import file_name, make_folder
 from .configs import Config, describe
 from .device import select
 from .evaluate import NOISE_SIGMA, Evaluation
@@ -119,9 +119,9 @@ def make_learner(config: Config, dataset: data.Dataset, device, train_rows: int,
 def _finish(config, dataset, device, split, learner, history: History, folder: Path, began: float) -> int:
     """Judge the best parameters and write everything that is left to write."""
     _write_history(folder, history.rows)
-    checkpoint.save(folder / "checkpoint.npz", learner.arrays(), config, dataset.class_names)
+    checkpoint.save(folder / "checkpoint.npz", learner.arrays(), config, dataset.class_names, dataset.name)
     val, test = learner.evaluate(split.val), learner.evaluate(split.test)
-    noise = {sigma: learner.evaluate(split.test, sigma).accuracy if sigma else test.accuracy for sigma in NOISE_SIGMA}
+    noise = {sigma: learner.evaluate(split.test, sigma) if sigma else test for sigma in NOISE_SIGMA}
     title = f"{config.model}{' fused' if config.fused else ''} on {dataset.name}"
     labelled = ([name, *row] for name, row in zip(dataset.class_names, test.confusion.tolist()))
     _write_csv(folder / "confusion.csv", ["label \\ predicted", *dataset.class_names], labelled)
@@ -145,7 +145,7 @@ def _finish(config, dataset, device, split, learner, history: History, folder: P
         "seconds": time.perf_counter() - began,
         "val": val.summary(),
         "test": test.summary(),
-        "noise": {str(sigma): accuracy for sigma, accuracy in noise.items()},
+        "noise": {str(sigma): {"accuracy": e.accuracy, "macro_f1": e.macro_f1} for sigma, e in noise.items()},
     }
     _write_json(folder / "metrics.json", metrics)
     _print_summary(metrics, val, test, noise, folder)
@@ -160,7 +160,8 @@ def _print_summary(metrics: dict, val: Evaluation, test: Evaluation, noise: dict
     for name, part in (("validation", val), ("test", test)):
         print(f"{name:12}{part.n:9,}{part.accuracy:11.2%}{part.macro_f1:11.2%}{part.cross_entropy:16.4f}")
     print(f"{'noise sigma':12}" + "".join(f"{sigma:9.1f}" for sigma in noise))
-    print(f"{'test':12}" + "".join(f"{accuracy:9.2%}" for accuracy in noise.values()))
+    print(f"{'accuracy':12}" + "".join(f"{e.accuracy:9.2%}" for e in noise.values()))
+    print(f"{'macro F1':12}" + "".join(f"{e.macro_f1:9.2%}" for e in noise.values()))
     per_epoch = metrics["seconds_per_epoch"]
     print((f"{per_epoch:.2f} s per epoch; " if per_epoch else "") + f"results in {folder}")
 
@@ -177,18 +178,11 @@ def _refuse_used_folder(out: Path | None) -> None:
 def _make_folder(out: Path | None, config: Config, data_name: str) -> Path:
     """Create the run's folder and see that it can be written."""
     if out is None:
-        name = f"{config.model}{'-fused' if config.fused else ''}-{re.sub('[^A-Za-z0-9._-]+', '-', data_name)}"
+        name = f"{config.model}{'-fused' if config.fused else ''}-{file_name(data_name)}"
         out = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
         while out.exists():  # another run of the same second
             out = out.with_name(out.name + "x")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"--out {out} cannot be written ({error.strerror}); give another folder") from None
-    return out
+    return make_folder(out)
 
 
 def _provenance(learner, dataset: data.Dataset, device) -> dict:

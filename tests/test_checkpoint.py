@@ -89,6 +89,17 @@ def test_every_preset_survives(tmp_path, name):
     assert checkpoint.load(tmp_path / "c.npz") == ({}, configs.PRESETS[name], ())
 
 
+def test_the_name_of_the_data_set_comes_back_where_it_was_recorded(saved):
+    assert checkpoint.read(saved).data_name == ""
+    checkpoint.save(saved, some_arrays(), CONFIG, NAMES, "glyphs-1000")
+    assert checkpoint.read(saved).data_name == "glyphs-1000" and checkpoint.load(saved)[1:] == (CONFIG, NAMES)
+    with np.load(saved, allow_pickle=False) as file:
+        text = json.loads(str(file["about"]))
+    del text["data_name"]  # as it was written before
+    rewrite(saved, about=np.array(json.dumps(text)))
+    assert checkpoint.read(saved).data_name == "" and checkpoint.load(saved)[1:] == (CONFIG, NAMES)
+
+
 def test_a_checkpoint_holds_no_pickle(saved):
     with np.load(saved, allow_pickle=False) as file:
         kinds = {name: file[name].dtype.kind for name in file.files}

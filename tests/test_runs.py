@@ -79,7 +79,7 @@ def assert_complete(folder):
         assert metrics[part].keys() == {"accuracy", "macro_f1", "cross_entropy", "n"}
         assert 0 <= metrics[part]["accuracy"] <= 1 and 0 <= metrics[part]["macro_f1"] <= 1
     assert list(metrics["noise"]) == [str(sigma) for sigma in NOISE_SIGMA]
-    assert metrics["noise"]["0.0"] == metrics["test"]["accuracy"]
+    assert metrics["noise"]["0.0"] == {name: metrics["test"][name] for name in ("accuracy", "macro_f1")}
     assert rows[0] == HISTORY and len(rows) == 1 + metrics["epochs"]
     assert [int(row[0]) for row in rows[1:]] == list(range(1, len(rows)))
     header, *body = read_csv(folder / "confusion.csv")
@@ -239,5 +239,6 @@ def test_m1_reads_handwritten_digits(tmp_path):
     metrics, history = assert_complete(tmp_path / "run")
     assert metrics["test"]["n"] == 2000 and metrics["parameters"] == 440_370
     assert metrics["test"]["accuracy"] >= 0.90 and metrics["test"]["macro_f1"] >= 0.89
-    noise = list(metrics["noise"].values())
-    assert noise[0] > noise[3] > noise[5]
+    for name in ("accuracy", "macro_f1"):
+        noise = [scores[name] for scores in metrics["noise"].values()]
+        assert noise[0] > noise[3] > noise[5]
