@@ -27,7 +27,7 @@ DEVICE Shares shares(float count, float other) {
 DEVICE void merge_moments(float& mean, float& m2, float other_mean, float other_m2, Shares s) {
   const float difference = other_mean - mean;
   mean += difference * s.other;
-  m2 += other_m2 + difference * difference * s.spread;
+  m2 += other_m2 + difference * (difference * s.spread);  // whose square might be too large
 }
 
 struct Statistics { float *mean, *var, *running_mean, *running_var; float momentum; };  // running_*: both or neither
