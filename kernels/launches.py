@@ -94,6 +94,13 @@ class Launches:
     def _flat_shape(self, elements, packs=1, blocks=8):
         return flat_shape(elements, self._device.multiprocessors(), min(blocks, self._device.room()), packs)
 
+    def _tiles(self, B, N, sums):
+        """Grid and block for column sums of (B, N), and scratch memory for `sums` of them per column, as arguments."""
+        grid, block = tile_shape(B, N, self._device.multiprocessors())
+        if grid[1] == 1:
+            return grid, block, (np.uintp(0), np.uintp(0))
+        return grid, block, (self.empty((sums, grid[1], N)), self._device.counters(grid[0]))
+
     def bias_act(self, z, bias, activation, y):
         grid, block = self._flat_shape(z.size, ROW_PACKS, ROWS_BLOCKS)
         args = z, bias, y, np.int64(z.shape[0]), np.int64(z.shape[1])
@@ -101,13 +108,11 @@ class Launches:
 
     def bias_act_backward(self, dy, saved, bias, activation, dz, dbias):
         B, N = dy.shape
-        grid, block = tile_shape(B, N, self._device.multiprocessors())
-        partial = self.empty((grid[1], N)) if grid[1] > 1 else None
+        grid, block, scratch = self._tiles(B, N, 1)
         unchanged = activation == "identity" and dz is dy  # only the column sums are wanted
         self._device.function(f"bias_act_backward_{activation}")(
             grid, block,
-            (dy, saved, _pointer(bias), _pointer(None if unchanged else dz), dbias, _pointer(partial),
-             _pointer(self._device.counters(grid[0]) if grid[1] > 1 else None), np.int64(B), np.int64(N)),
+            (dy, saved, _pointer(bias), _pointer(None if unchanged else dz), dbias, *scratch, np.int64(B), np.int64(N)),
         )  # fmt: skip
 
     def softmax_cross_entropy(self, logits, labels, C, scale, dlogits, loss, totals, confusion):
@@ -162,13 +167,6 @@ class Launches:
     def to_bfloat16(self, x, y):
         grid, block = self._flat_shape(x.size)
         self._device.function("to_bfloat16")(grid, block, (x, y, np.int64(x.size)))
-
-    def _tiles(self, B, N, sums):
-        """Grid and block for column sums of (B, N), and scratch memory for `sums` of them per column, as arguments."""
-        grid, block = tile_shape(B, N, self._device.multiprocessors())
-        if grid[1] == 1:
-            return grid, block, (np.uintp(0), np.uintp(0))
-        return grid, block, (self.empty((sums, grid[1], N)), self._device.counters(grid[0]))
 
     def batch_norm_stats(self, z, mean, var, running_mean, running_var, momentum):
         B, N = z.shape
