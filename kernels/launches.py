@@ -178,8 +178,8 @@ class Launches:
         )  # fmt: skip
 
     def _dropout(self, d):
-        step = self._scalar(d.step)
-        return np.uint32(d.threshold), np.float32(d.scale), *_halves(d.seed), *step, np.uint32(d.layer), np.uint32(d.row)
+        place = *self._scalar(d.step), np.uint32(d.layer), np.uint32(d.row)
+        return np.uint32(d.threshold), np.float32(d.scale), *_halves(d.seed), *place
 
     def norm_act(self, z, bias, activation, norm, dropout, y):
         grid, block = self._flat_shape(z.size, ROW_PACKS, NORM_BLOCKS)
@@ -197,4 +197,5 @@ class Launches:
         )  # fmt: skip
         if norm.mean is not None:
             grid, block = self._flat_shape(dy.size, ROW_PACKS, NORM_BLOCKS)
-            self._device.function("norm_input_gradient")(grid, block, (z, *_norm(norm), bias_grad, weight_grad, dz, B, N))
+            args = z, *_norm(norm), bias_grad, weight_grad, dz, B, N
+            self._device.function("norm_input_gradient")(grid, block, args)

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 
-from .plain_act import LEAKY_SLOPE, array_module, bias_act, bias_act_backward  # noqa: F401 (ops that are in other files)
+from .plain_act import LEAKY_SLOPE, array_module, bias_act, bias_act_backward  # noqa: F401 (ops of other files)
 from .plain_norm import batch_norm_stats, norm_act, norm_act_backward  # noqa: F401
 from .plain_random import LEAST_BITS, feistel, normals, round_keys
 

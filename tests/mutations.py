@@ -44,8 +44,8 @@ WORKERS = 2
 TESTS = tuple(
     f"tests/test_{name}.py"
     for name in ("launch_shapes", "softmax_cross_entropy", "gather_batch", "bias_act", "optimizer_steps",
-                 "shuffle", "to_bfloat16", "advance", "batch_norm", "dropout", "norm_act", "sanitizers", "determinism", "host_library", "host_sanitizers",
-                 "gemm_launches", "gemm")
+                 "shuffle", "to_bfloat16", "advance", "batch_norm", "dropout", "norm_act", "sanitizers", "determinism",
+                 "host_library", "host_sanitizers", "gemm_launches", "gemm")
 )  # fmt: skip
 _, XENT, GATHER, BIAS_ACT, STEPS, SHUFFLE, CONVERT, *_, GEMM_LAUNCHES, GEMM = TESTS
 # file -> the tests that most likely notice, and where it runs, unless a mutation says otherwise

@@ -1,4 +1,4 @@
-"""What batch_norm_stats, norm_act and norm_act_backward must give, in float64: see references.py, of which this is more."""
+"""What batch_norm_stats, norm_act and norm_act_backward must give, in float64: more of references.py."""
 
 import numpy as np
 

@@ -139,7 +139,8 @@ def _launches():
         ops.bias_act_backward(f(2, 4), f(2, 4), None, activation, f(2, 4), f(4))
     dropout = Dropout(2**32 - 1, 2.0, 2**64 - 1, 2**24 - 1, 3, 2**32 - 1)
     for activation in ACTIVATIONS:
-        for norm, settings in ((Norm(None, None, None, 1e-5), dropout), (Norm(f(4), f(4), f(4), 1e-5), dropout._replace(step=f()))):
+        without, given = Norm(None, None, None, 1e-5), Norm(f(4), f(4), f(4), 1e-5)
+        for norm, settings in ((without, dropout), (given, dropout._replace(step=f()))):
             ops.norm_act(f(2, 4), f(4), activation, norm, settings, f(2, 4))
             for B in (2, 5000):
                 weight_grad = None if norm.mean is None else f(4)

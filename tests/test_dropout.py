@@ -69,8 +69,19 @@ def test_chunks_have_the_masks_of_the_whole_batch(form, rng):
     for begin, end in ((0, 17), (17, 18), (18, 50)):
         part, row = slice(begin, end), dict(row=begin)
         assert_same_bits(form.ops.norm_act(form.array(z[part]), bias, "silu", **settings, **row), to_numpy(whole)[part])
-        gradient = form.ops.norm_act_backward(form.array(dy[part]), form.array(z[part]), bias, "silu", **settings, **row)
+        arrays = form.array(dy[part]), form.array(z[part]), bias
+        gradient = form.ops.norm_act_backward(*arrays, "silu", **settings, **row)
         assert_same_bits(gradient[0], to_numpy(dz)[part])
+
+
+def test_a_word_equal_to_the_threshold_keeps(form):
+    """One word in 2^32: so the probability is made of a word."""
+    counters = [np.array([word], np.uint64) for word in (0, 0, 0, plain_norm.FOR_DROPOUT)]
+    words = [int(word[0]) for word in plain_random.philox4x32(np, counters, 0, 0)]
+    for word in words:
+        expected = [[other >= word for other in words]]
+        assert _kept(form, 1, 4, word / 2**32).tolist() == expected
+        assert _kept(form, 1, 4, (word + 1) / 2**32).tolist() != expected
 
 
 def test_backward_drops_what_forward_dropped(form):

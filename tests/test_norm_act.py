@@ -97,7 +97,8 @@ def test_one_misaligned_array_rules_out_packs(form, rng):
         form.ops.norm_act(source, shift, "silu", dropout=0.3, out=out, **passed, **COUNTED)
         intact()
         value_check(out, z, bias, "silu", arrays, 0.3, **COUNTED).verify()
-        results = form.ops.norm_act_backward(form.array(dy), source, shift, "silu", dropout=0.3, out=out, **passed, **COUNTED)
+        passed |= dict(dropout=0.3, out=out, **COUNTED)
+        results = form.ops.norm_act_backward(form.array(dy), source, shift, "silu", **passed)
         intact()
         for check in norm_gradient_checks(results, dy, z, bias, "silu", arrays, 0.3, **COUNTED):
             check.verify()
@@ -186,7 +187,8 @@ def test_training_against_torch(form, rng, activation):
     mean, var = form.ops.batch_norm_stats(form.array(z))
     passed = dict(mean=mean, var=var, weight=form.array(arrays["weight"]), dropout=0.3, **COUNTED)
     y = form.ops.norm_act(form.array(z), form.array(bias), activation, **passed)
-    dz, dbias, dweight = form.ops.norm_act_backward(form.array(dy), form.array(z), form.array(bias), activation, **passed)
+    arguments = form.array(dy), form.array(z), form.array(bias), activation
+    dz, dbias, dweight = form.ops.norm_act_backward(*arguments, **passed)
     _, size, xhat = pre_activation(z, bias, **arrays)
     assert_close(y, expected.detach(), REDUCTION, magnitude=size + 1.0)
     sizes = np.abs(dy).sum(0), np.abs(dy * xhat).sum(0)

@@ -62,7 +62,7 @@ template <class Act> void backward(const float* dy, const float* saved, const fl
   if (chunks.count > 1) add_chunks(partial, N, dbias);
 }
 
-// dbias and dweight of all chunks, and dz, which is du at first and where there is normalisation, in a second pass, more.
+// dbias and dweight of all chunks, and dz: du, which with normalisation a second pass turns into what it is.
 template <class Act>
 void norm_backward(const float* dy, const float* z, const float* bias, const Norm& norm, const Dropout& dropout,
                    float* dz, float* dbias, float* dweight, index_t B, index_t N, double cost) {
