@@ -1,5 +1,6 @@
 """Train an MLP on 28x28 character images: python train.py --model m1 --fused"""
 
+import argparse
 import sys
 from pathlib import Path
 

@@ -96,6 +96,13 @@ class Launches:
     def _flat_shape(self, elements, packs=1, blocks=8):
         return flat_shape(elements, self._device.multiprocessors(), min(blocks, self._device.room()), packs)
 
+    def _tiles(self, B, N, sums):
+        """Grid and block for column sums of (B, N), and scratch memory for `sums` of them per column, as arguments."""
+        grid, block = tile_shape(B, N, self._device.multiprocessors())
+        if grid[1] == 1:
+            return grid, block, (np.uintp(0), np.uintp(0))
+        return grid, block, (self.empty((sums, grid[1], N)), self._device.counters(grid[0]))
+
     def bias_act(self, z, bias, activation, y):
         grid, block = self._flat_shape(z.size, ROW_PACKS, ROWS_BLOCKS)
         args = z, bias, y, np.int64(z.shape[0]), np.int64(z.shape[1])
@@ -103,13 +110,11 @@ class Launches:
 
     def bias_act_backward(self, dy, saved, bias, activation, dz, dbias):
         B, N = dy.shape
-        grid, block = tile_shape(B, N, self._device.multiprocessors())
-        partial = self.empty((grid[1], N)) if grid[1] > 1 else None
+        grid, block, scratch = self._tiles(B, N, 1)
         unchanged = activation == "identity" and dz is dy  # only the column sums are wanted
         self._device.function(f"bias_act_backward_{activation}")(
             grid, block,
-            (dy, saved, _pointer(bias), _pointer(None if unchanged else dz), dbias, _pointer(partial),
-             _pointer(self._device.counters(grid[0]) if grid[1] > 1 else None), np.int64(B), np.int64(N)),
+            (dy, saved, _pointer(bias), _pointer(None if unchanged else dz), dbias, *scratch, np.int64(B), np.int64(N)),
         )  # fmt: skip
 
     def softmax_cross_entropy(self, logits, labels, C, scale, smoothing, weights, dlogits, loss, totals, confusion):
@@ -179,13 +184,6 @@ class Launches:
         grid, block = self._flat_shape(x.size)
         self._device.function("to_bfloat16")(grid, block, (x, y, np.int64(x.size)))
 
-    def _tiles(self, B, N, sums):
-        """Grid and block for column sums of (B, N), and scratch memory for `sums` of them per column, as arguments."""
-        grid, block = tile_shape(B, N, self._device.multiprocessors())
-        if grid[1] == 1:
-            return grid, block, (np.uintp(0), np.uintp(0))
-        return grid, block, (self.empty((sums, grid[1], N)), self._device.counters(grid[0]))
-
     def batch_norm_stats(self, z, mean, var, running_mean, running_var, momentum):
         B, N = z.shape
         grid, block, scratch = self._tiles(B, N, 2)
@@ -196,8 +194,8 @@ class Launches:
         )  # fmt: skip
 
     def _dropout(self, d):
-        step = self._scalar(d.step)
-        return np.uint32(d.threshold), np.float32(d.scale), *_halves(d.seed), *step, np.uint32(d.layer), np.uint32(d.row)
+        place = *self._scalar(d.step), np.uint32(d.layer), np.uint32(d.row)
+        return np.uint32(d.threshold), np.float32(d.scale), *_halves(d.seed), *place
 
     def norm_act(self, z, bias, activation, norm, dropout, y):
         grid, block = self._flat_shape(z.size, ROW_PACKS, NORM_BLOCKS)
@@ -215,4 +213,5 @@ class Launches:
         )  # fmt: skip
         if norm.mean is not None:
             grid, block = self._flat_shape(dy.size, ROW_PACKS, NORM_BLOCKS)
-            self._device.function("norm_input_gradient")(grid, block, (z, *_norm(norm), bias_grad, weight_grad, dz, B, N))
+            args = z, *_norm(norm), bias_grad, weight_grad, dz, B, N
+            self._device.function("norm_input_gradient")(grid, block, args)

@@ -44,12 +44,12 @@ def batch_norm_stats(z, *, mean=None, var=None, running_mean=None, running_var=N
     check_number("momentum", momentum, 0.0)
     if momentum > 1.0:
         raise ValueError(f"momentum must be at most 1, got {momentum!r}")
+    mean = _output(backend, "mean", mean, z, FLOAT32, N)
+    var = _output(backend, "var", var, z, FLOAT32, N)
     _check_together(running_mean=running_mean, running_var=running_var)
     if running_mean is not None:
         check_output("running_mean", running_mean, z, FLOAT32, N)
         check_output("running_var", running_var, z, FLOAT32, N)
-    mean = _output(backend, "mean", mean, z, FLOAT32, N)
-    var = _output(backend, "var", var, z, FLOAT32, N)
     backend.batch_norm_stats(z, mean, var, running_mean, running_var, momentum)
     return mean, var
 

@@ -23,7 +23,8 @@ def dropout_keep(xp, B, N, p, *, seed=0, layer=0, step=None, row=0):
     quads = -(-N // 4)
     zero = xp.zeros((B, quads), xp.uint64)
     rows = xp.arange(B, dtype=xp.uint64)[:, None] + xp.uint64(row)
-    word = xp.clip(xp.asarray(0 if step is None else step).astype(xp.float32).reshape(-1), 0.0, _LARGEST_STEP)
+    step = xp.asarray(0 if step is None else step).astype(xp.float32).reshape(-1)
+    word = xp.where(step > 0, xp.minimum(step, _LARGEST_STEP), 0)
     counters = (
         zero + xp.arange(quads, dtype=xp.uint64), zero + rows, zero + word.astype(xp.uint64),
         zero + xp.uint64(FOR_DROPOUT + 256 * layer),

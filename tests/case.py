@@ -30,6 +30,7 @@ class Case:
     name: str
     compute: Callable[[np.random.Generator, Backend], Iterable[Check]]
     multiprocessors: int | None = None  # to launch for, where the device's own number will not do
+    also: tuple = ()  # other entry points that the op launches
 
     def run(self, backend: Backend) -> list[Check]:
         rng = np.random.default_rng(zlib.crc32(str(self).encode()))
@@ -61,9 +62,9 @@ def _name(*shape, multiprocessors=None, **variant) -> str:
     return " ".join(words)
 
 
-def _case(kernel, compute, *shape, multiprocessors=None, **variant) -> Case:
+def _case(kernel, compute, *shape, multiprocessors=None, also=(), **variant) -> Case:
     name = _name(*shape, multiprocessors=multiprocessors, **variant)
-    return Case(kernel, name, lambda rng, backend: compute(rng, backend, *shape, **variant), multiprocessors)
+    return Case(kernel, name, lambda rng, backend: compute(rng, backend, *shape, **variant), multiprocessors, also)
 
 
 def _output(backend, offset, like=None, shape=None, dtype=np.float32):

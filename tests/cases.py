@@ -17,6 +17,7 @@ from .case import (
     softmax_cross_entropy, to_bfloat16,
 )  # fmt: skip
 from .checks import FEW_SHAPES, OFFSETS
+from .norm_case import batch_norm_stats, norm_act, norm_act_backward
 
 
 AUGMENT = Augment(rotation=20.0, scale=0.3, shear=0.2, shift=1.5)
@@ -113,8 +114,32 @@ def _representative():
     yield to_bfloat16(1100, multiprocessors=ONE_BLOCK)
 
 
+def _normalised():
+    """Batch normalisation and dropout: with each, without, and with both."""
+    for a in ACTIVATIONS:
+        for case in (norm_act, norm_act_backward):
+            yield case(a, 9, 12, norm=True, dropout=0.25)
+            yield case(a, 5, 33, norm=True)
+    for case in (norm_act, norm_act_backward):
+        for shape in ((0, 5), (1, 1), (4, 3), (9, 1)):
+            yield case("relu", *shape, norm=True, dropout=0.5)
+        for norm, dropout, offset in itertools.product((False, True), (0.0, 0.5), OFFSETS):
+            yield case("relu", 30, 40, norm=norm, dropout=dropout, offset=offset, multiprocessors=ONE_BLOCK)
+            yield case("relu", 6, 41, norm=norm, dropout=dropout, offset=offset, in_place=True)
+        yield case("relu", 3, 8, dropout=0.5, device_step=True)
+    # Row blocks whose sums meet in the last one, in packs and without; and more of them than row groups, some empty.
+    for rows, columns, multiprocessors in ((129, 64, 1), (129, 65, 1), (300, 300, 9), (1025, 128, 25)):
+        yield norm_act_backward("relu", rows, columns, norm=True, dropout=0.5, multiprocessors=multiprocessors)
+        yield batch_norm_stats(rows, columns, running=True, multiprocessors=multiprocessors)
+    yield norm_act_backward("relu", 150, 64, multiprocessors=1)
+    for shape in ((0, 5), (1, 1), (2, 3), (17, 48), (33, 31)):
+        yield batch_norm_stats(*shape, running=True)
+    yield batch_norm_stats(33, 48, offset=1)
+    yield batch_norm_stats(17, 8, running=True, momentum=1.0)
+
+
 def representative() -> list[Case]:
-    return list(_representative())
+    return [*_representative(), *_normalised()]
 
 
 def _shapes(shapes, sizes):
@@ -144,6 +169,11 @@ def _shapes(shapes, sizes):
         if int(D**0.5) ** 2 == D:
             yield gather(B, D, offset=offset, affine=True)
             yield gather(B, D, offset=offset, augment=AUGMENT, noise_sigma=0.5, noise_uniform=True, draw=7)
+    for (B, N), offset in itertools.product(shapes, OFFSETS):
+        yield batch_norm_stats(B, N, offset=offset, running=True)
+        for norm, dropout in itertools.product((False, True), (0.0, 0.3)):
+            yield norm_act("relu", B, N, offset=offset, norm=norm, dropout=dropout)
+            yield norm_act_backward("relu", B, N, offset=offset, norm=norm, dropout=dropout)
     for N, offset in itertools.product(sizes, OFFSETS):
         yield shuffle(N, offset=offset, seed=1)
         yield to_bfloat16(N, offset=offset)
@@ -154,7 +184,10 @@ def _large():
     for a in ACTIVATIONS:
         yield bias_act(a, 4000, 601)
         yield bias_act_backward(a, 4000, 601, with_bias=True)
+        yield norm_act(a, 4000, 600, norm=True, dropout=0.5)
+        yield norm_act_backward(a, 4000, 600, norm=True, dropout=0.5)
     yield bias_act_backward("identity", 20_000, 47)
+    yield batch_norm_stats(20_000, 47, running=True)
     for shape in ((20_000, 47), (3000, 400), (2057, 1), (600, 2000)):
         yield softmax_cross_entropy(*shape)
     yield adam(1_500_001)
@@ -183,6 +216,8 @@ def shared(least: int) -> list[Case]:
         shuffle(least // 8 + 1, seed=2), to_bfloat16(6 * least), average(4 * least + 1),
         gather(rows, 49, noise_sigma=0.5, augment=AUGMENT, noise_uniform=True, draw=1),
         softmax_cross_entropy(rows, 47, smoothing=0.1, weighted=True),
+        batch_norm_stats(4 * rows, 47, running=True), norm_act("gelu", rows, 47, norm=True, dropout=0.5),
+        norm_act_backward("gelu", 3 * rows, 47, norm=True, dropout=0.5),
     ]  # fmt: skip
 
 

@@ -54,12 +54,12 @@ def recorded_launches(device):
 
 
 def run_cases(backend: Backend, listed: list) -> list[dict]:
-    """What each case gave; one that launched another kernel than its own has failed."""
+    """What each case gave; one that launched other kernels than its own has failed."""
     results = []
     for case in listed:
         with recorded_launches(backend.device) as launched:
             result = case.measure(backend)
-        if result["passed"] and launched != {case.kernel}:
+        if result["passed"] and launched != {case.kernel, *case.also}:
             result |= {"passed": False, "error": f"launched {', '.join(sorted(launched)) or 'nothing'}"}
         results.append(result)
     return results

@@ -44,8 +44,8 @@ WORKERS = 2
 TESTS = tuple(
     f"tests/test_{name}.py"
     for name in ("launch_shapes", "softmax_cross_entropy", "gather_batch", "bias_act", "optimizer_steps",
-                 "shuffle", "to_bfloat16", "advance", "sanitizers", "determinism", "host_library", "host_sanitizers",
-                 "gemm_launches", "gemm")
+                 "shuffle", "to_bfloat16", "advance", "batch_norm", "dropout", "norm_act", "sanitizers", "determinism",
+                 "host_library", "host_sanitizers", "gemm_launches", "gemm")
 )  # fmt: skip
 _, XENT, GATHER, BIAS_ACT, STEPS, SHUFFLE, CONVERT, *_, GEMM_LAUNCHES, GEMM = TESTS
 # file -> the tests that most likely notice, and where it runs, unless a mutation says otherwise
@@ -57,6 +57,9 @@ FIRST = {
     "kernels/src/random.cuh": (GATHER, ""),
     "kernels/src/shuffle.cuh": (SHUFFLE, ""),
     "kernels/src/convert.cuh": (CONVERT, ""),
+    "kernels/src/batch_norm.cuh": ("tests/test_batch_norm.py", ""),
+    "kernels/src/dropout.cuh": ("tests/test_dropout.py", ""),
+    "kernels/src/norm_act.cuh": ("tests/test_norm_act.py", ""),
     "kernels/src/common.cuh": (BIAS_ACT, "simt"),
     "kernels/src/module.cu": (BIAS_ACT, "simt"),
     "kernels/launches.py": (BIAS_ACT, "simt"),

@@ -39,6 +39,7 @@ def _i(*shape):
 
 
 ADAM = dict(step=1, lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+NORM_ACT = dict(eps=1e-5, dropout=0.5, seed=3, layer=2, step=1, row=0)
 OPS = {
     "bias_act": Op(
         kernels.bias_act,
@@ -92,6 +93,22 @@ OPS = {
         kernels.to_bfloat16,
         dict(x=_f(4, 6), out=np.zeros((4, 6), np.uint16)),
         frozenset({"out"}), {}, any_shape=frozenset({"x"}),
+    ),
+    "batch_norm_stats": Op(
+        kernels.batch_norm_stats,
+        dict(z=_f(4, 6), mean=_f(6), var=_f(6), running_mean=_f(6), running_var=_f(6)),
+        frozenset({"mean", "var", "running_mean", "running_var"}), dict(momentum=0.1), frozenset({"z"}), positional=1,
+    ),
+    "norm_act": Op(
+        kernels.norm_act,
+        dict(z=_f(4, 6), bias=_f(6), mean=_f(6), var=_f(6), weight=_f(6), out=_f(4, 6)),
+        frozenset({"out"}), NORM_ACT, frozenset({"z"}),
+    ),
+    "norm_act_backward": Op(
+        kernels.norm_act_backward,
+        dict(dy=_f(4, 6), z=_f(4, 6), bias=_f(6), mean=_f(6), var=_f(6), weight=_f(6), out=_f(4, 6), bias_grad=_f(6),
+             weight_grad=_f(6)),
+        frozenset({"out", "bias_grad", "weight_grad"}), NORM_ACT, frozenset({"dy"}), positional=3,
     ),
 }  # fmt: skip
 ARGUMENTS = [(op, name) for op in OPS for name in OPS[op].arrays]
@@ -173,7 +190,7 @@ def test_read_only_output(op, name):
     assert_same_bits(array, OPS[op].arrays[name])
 
 
-@pytest.mark.parametrize("op", ["bias_act", "bias_act_backward"])
+@pytest.mark.parametrize("op", ["bias_act", "bias_act_backward", "norm_act", "norm_act_backward"])
 def test_activation(backend, op):
     for activation in ("tanh", "ReLU", "", None, 3, ["relu"]):
         _assert_refused(backend, op, ValueError, "activation", activation)
@@ -211,6 +228,19 @@ def test_numbers(backend, op, name):
         ("shuffle", "epoch", 2**32),
         ("advance", "by", -1),
         ("advance", "by", 2**63),
+        ("batch_norm_stats", "momentum", -0.1),
+        ("batch_norm_stats", "momentum", 1.1),
+        ("norm_act", "eps", -1e-5),
+        ("norm_act", "dropout", -0.1),
+        ("norm_act", "dropout", 1.0),
+        ("norm_act", "seed", 2**64),
+        ("norm_act", "layer", -1),
+        ("norm_act", "layer", 2**24),
+        ("norm_act", "step", -1),
+        ("norm_act", "row", -1),
+        ("norm_act", "row", 2**32 - 3),  # of 4 rows the last would have no number
+        ("norm_act_backward", "dropout", 1.0),
+        ("norm_act_backward", "row", 2**32 - 3),
         ("softmax_cross_entropy", "classes", 0),
         ("softmax_cross_entropy", "classes", -1),
         ("softmax_cross_entropy", "classes", 7),
@@ -220,7 +250,9 @@ def test_numbers_out_of_range(backend, op, name, value):
     _assert_refused(backend, op, ValueError, name, value)
 
 
-@pytest.mark.parametrize(("op", "name"), [("adam_step", "step"), ("adam_step", "lr"), ("sgd_step", "lr")])
+@pytest.mark.parametrize(("op", "name"), [
+    ("adam_step", "step"), ("adam_step", "lr"), ("sgd_step", "lr"), ("norm_act", "step"), ("norm_act_backward", "step"),
+])  # fmt: skip
 def test_scalars_in_arrays(backend, op, name):
     _assert_refused(backend, op, TypeError, name, backend.array(1.0, np.float64))
     _assert_refused(backend, op, TypeError, name, backend.array([1.0, 1.0]))
@@ -228,7 +260,7 @@ def test_scalars_in_arrays(backend, op, name):
 
 @pytest.mark.parametrize(("op", "name"), [
     ("gather_batch", "seed"), ("shuffle", "seed"), ("shuffle", "epoch"), ("advance", "by"),
-    ("softmax_cross_entropy", "classes"),
+    ("softmax_cross_entropy", "classes"), ("norm_act", "seed"), ("norm_act", "layer"), ("norm_act", "row"),
 ])  # fmt: skip
 def test_whole_numbers(backend, op, name):
     for value in (0.5, 2.0, np.float32(2)):
@@ -257,6 +289,28 @@ def test_confusion_has_the_classes_that_are_asked_for(backend):
     _assert_refused(backend, "softmax_cross_entropy", ValueError, "confusion", counts)
     OPS["softmax_cross_entropy"].call(backend, confusion=counts, classes=None)
     OPS["softmax_cross_entropy"].call(backend, confusion=counts, classes=6)
+
+
+@pytest.mark.parametrize(("op", "names"), [
+    ("batch_norm_stats", ("running_mean", "running_var")), ("norm_act", ("mean", "var", "weight")),
+    ("norm_act_backward", ("mean", "var", "weight")),
+])  # fmt: skip
+def test_what_must_be_given_together(backend, op, names):
+    for name in names:
+        _assert_refused(backend, op, ValueError, name, None)
+    without = dict.fromkeys(names) | ({"weight_grad": None} if op == "norm_act_backward" else {})
+    OPS[op].call(backend, **without)
+
+
+def test_a_gradient_needs_a_weight_of_its_own(backend):
+    without = dict(mean=None, var=None, weight=None)
+    _assert_refused(backend, "norm_act_backward", ValueError, "weight_grad", backend.array(_f(6)), **without)
+
+
+def test_the_saved_input_of_norm_act_is_not_overwritten(backend):
+    z = backend.array(_f(4, 6))
+    _assert_refused(backend, "norm_act_backward", ValueError, "z", z, out=z)
+    assert_same_bits(z, _f(4, 6))
 
 
 def test_misaligned_within_an_element():

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from kernels import cuda, source
-from kernels.launches import ROW_BLOCKS, TILE_BLOCKS
+from kernels.launches import NORM_BLOCKS, ROW_BLOCKS, TILE_BLOCKS
 
 from . import resources
 from .test_compile import OPTIONS, checked, compiled, entry_points, module_log
@@ -90,7 +90,9 @@ def test_budget_launches_and_sources_count_on_the_same_blocks():
     for kernel, blocks in declared.items():
         assert budgets[resources.budget_name(kernel)]["blocks"] == int(blocks), kernel
     rows = {n: int(declared[f"softmax_xent_{n}"]) for n in ROW_BLOCKS}
-    assert rows == ROW_BLOCKS and int(declared["bias_act_backward_relu"]) == TILE_BLOCKS
+    assert rows == ROW_BLOCKS and int(declared["norm_act_relu"]) == int(declared["norm_input_gradient"]) == NORM_BLOCKS
+    tiled = ("bias_act_backward_relu", "batch_norm_stats", "norm_act_backward_relu")
+    assert {int(declared[kernel]) for kernel in tiled} == {TILE_BLOCKS}
 
 
 @pytest.mark.parametrize("architecture", cuda.ARCHITECTURES)

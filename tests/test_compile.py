@@ -13,6 +13,7 @@ import pytest
 from kernels import ACTIVATIONS, Augment, cuda, elementwise, source
 from kernels.gemm import PRECISIONS, Gemm
 from kernels.launches import Launches
+from kernels.norm_ops import Dropout, Norm
 
 from . import resources
 
@@ -136,6 +137,16 @@ def _launches():
         for bias in (None, f(400)):
             ops.bias_act_backward(f(1000, 400), f(1000, 400), bias, activation, f(1000, 400), f(400))
         ops.bias_act_backward(f(2, 4), f(2, 4), None, activation, f(2, 4), f(4))
+    dropout = Dropout(2**32 - 1, 2.0, 2**64 - 1, 2**24 - 1, 3, 2**32 - 1)
+    for activation in ACTIVATIONS:
+        without, given = Norm(None, None, None, 1e-5), Norm(f(4), f(4), f(4), 1e-5)
+        for norm, settings in ((without, dropout), (given, dropout._replace(step=f()))):
+            ops.norm_act(f(2, 4), f(4), activation, norm, settings, f(2, 4))
+            for B in (2, 5000):
+                weight_grad = None if norm.mean is None else f(4)
+                ops.norm_act_backward(f(B, 4), f(B, 4), f(4), activation, norm, settings, f(B, 4), f(4), weight_grad)
+    for B, running in ((2, None), (5000, f(4))):
+        ops.batch_norm_stats(f(B, 4), f(4), f(4), running, running, 0.1)
     for C in (1, 32, 33, 47, 100, 200, 500, 1000, 1025):
         for totals, confusion, weights in ((None, None, None), (np.zeros(2), np.zeros((C, C), np.int64), f(C))):
             ops.softmax_cross_entropy(

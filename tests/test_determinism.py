@@ -76,6 +76,22 @@ def _to_bfloat16(backend, rng, B, N):
     return lambda: (kernels.to_bfloat16(x),)
 
 
+def _batch_norm_stats(backend, rng, B, N):
+    z = backend.array(rng.normal(0, 2, (B, N)))
+    return lambda: kernels.batch_norm_stats(z)
+
+
+def _norm_act(backend, rng, B, N):
+    z, bias = backend.array(rng.normal(0, 2, (B, N))), backend.array(rng.normal(0, 1, N))
+    return lambda: (kernels.norm_act(z, bias, "gelu", dropout=0.5, seed=7),)
+
+
+def _norm_act_backward(backend, rng, B, N):
+    dy, z, bias = (backend.array(rng.normal(0, 2, shape)) for shape in ((B, N), (B, N), N))
+    mean, var = kernels.batch_norm_stats(z)
+    return lambda: kernels.norm_act_backward(dy, z, bias, "silu", mean=mean, var=var, weight=bias, dropout=0.5, seed=7)
+
+
 def _matrix_product(backend, rng, B, N):
     """BLAS may run on the same threads; whole numbers make its result exact in any order."""
     a = backend.array(rng.integers(-8, 9, (min(B, 500), N)))
@@ -84,7 +100,7 @@ def _matrix_product(backend, rng, B, N):
 
 OPS = {f.__name__[1:]: f for f in (
     _bias_act, _bias_act_backward, _softmax_cross_entropy, _adam_step, _sgd_step, _gather_batch,
-    _shuffle, _to_bfloat16,
+    _shuffle, _to_bfloat16, _batch_norm_stats, _norm_act, _norm_act_backward,
 )}  # fmt: skip
 
 

@@ -117,5 +117,9 @@ def test_the_numbers_shared_with_the_sources_agree():
     assert f"__launch_bounds__({launches.THREADS}, " in text
     assert f"KERNEL({launches.TILE_BLOCKS}) bias_act_backward_" in text
     assert f"KERNEL({launches.ROWS_BLOCKS}) bias_act_##name" in text
+    for kernel in ("batch_norm_stats", "norm_act_backward_"):
+        assert f"KERNEL({launches.TILE_BLOCKS}) {kernel}" in text
+    for kernel in ("norm_act_##name", "norm_input_gradient"):
+        assert f"KERNEL({launches.NORM_BLOCKS}) {kernel}" in text
     rows = re.findall(r"^SOFTMAX_XENT\((\d+), (\d+)\)", text, re.MULTILINE)
     assert {int(items): int(blocks) for items, blocks in rows} == launches.ROW_BLOCKS

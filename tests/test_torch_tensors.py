@@ -38,12 +38,13 @@ def test_given_outputs_are_written_and_returned(op, device):
         assert results is None
     else:
         returned = results if isinstance(results, tuple) else (results,)
-        given = [tensors[k] for k in ("out", "bias_grad", "out_x", "out_y") if k in tensors]
+        given = [tensors[k] for k in ("out", "bias_grad", "weight_grad", "out_x", "out_y") if k in tensors]
         assert all(any(r is t for r in returned) for t in given)
 
 
 @pytest.mark.parametrize(
-    "op", ["bias_act", "bias_act_backward", "softmax_cross_entropy", "gather_batch", "shuffle", "to_bfloat16"]
+    "op", ["bias_act", "bias_act_backward", "softmax_cross_entropy", "gather_batch", "shuffle", "to_bfloat16",
+           "norm_act", "norm_act_backward"],
 )
 def test_new_results_are_tensors(op):
     optional = OPS[op].outputs

@@ -27,7 +27,7 @@ DEVICE Shares shares(float count, float other) {
 DEVICE void merge_moments(float& mean, float& m2, float other_mean, float other_m2, Shares s) {
   const float difference = other_mean - mean;
   mean += difference * s.other;
-  m2 += other_m2 + difference * difference * s.spread;
+  m2 += other_m2 + difference * (difference * s.spread);  // whose square might be too large
 }
 
 struct Statistics { float *mean, *var, *running_mean, *running_var; float momentum; };  // running_*: both or neither
@@ -45,7 +45,10 @@ DEVICE void write_statistics(const Statistics& s, index_t j, float mean, float m
 #ifdef __CUDACC__
 
 // How many of a thread's 4 columns, from `column` on, there are.
-DEVICE int columns_left(index_t column, index_t N) { return N - column >= 4 ? 4 : (int)(N - column > 0 ? N - column : 0); }
+DEVICE int columns_left(index_t column, index_t N) {
+  const index_t left = N - column;
+  return left >= 4 ? 4 : left > 0 ? (int)left : 0;
+}
 
 // Accesses to them: one of 16 bytes, or `left` of 4.
 template <bool VECTOR> DEVICE Pack<4> load_quad(const float* p, int left) {
@@ -161,7 +164,8 @@ DEVICE void batch_norm_stats_block(const float* z, const Statistics& s, float* p
       store_quad<false>(to + gridDim.y * N, m.m2, left);
     }
     if (!is_last_block(counters + blockIdx.x, gridDim.y)) return;
-    m = vector ? moments_of_row_blocks<true>(partial, B, column, N) : moments_of_row_blocks<false>(partial, B, column, N);
+    if (vector) m = moments_of_row_blocks<true>(partial, B, column, N);
+    else m = moments_of_row_blocks<false>(partial, B, column, N);
     merge_row_groups(m);
   }
   if (threadIdx.y == 0) {

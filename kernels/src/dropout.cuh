@@ -34,7 +34,7 @@ DEVICE Pack<4> dropout_factors(const Dropout& d, unsigned step, unsigned b, unsi
   return factors;
 }
 
-DEVICE float word_of(const Pack<4>& x, int k) { return k & 2 ? (k & 1 ? x[3] : x[2]) : (k & 1 ? x[1] : x[0]); }
+DEVICE float factor_of(const Pack<4>& x, int k) { return k & 2 ? (k & 1 ? x[3] : x[2]) : (k & 1 ? x[1] : x[0]); }
 
 #ifndef __CUDACC__
 

@@ -142,7 +142,7 @@ KERNEL(4) batch_norm_stats(const float* z, float* mean, float* var, float* runni
 #define NORM_ACT(name, Act)                                                                                   \
   KERNEL(4) norm_act_##name(const float* z, const float* bias, const float* mean, const float* var,           \
                             const float* weight, float eps, float* y, index_t B, index_t N, DROPOUT) {        \
-    norm_act_rows<Act>(Rows{B, N}, z, bias, {mean, var, weight, eps},                                         \
+    norm_act_rows<Act>({B, N}, z, bias, {mean, var, weight, eps},                                         \
                        {threshold, scale, seed_low, seed_high, step, step_pointer, layer, row}, y);           \
   }                                                                                                           \
   KERNEL(4) norm_act_backward_##name(const float* dy, const float* z, const float* bias, const float* mean,   \
@@ -163,5 +163,5 @@ NORM_ACT(gelu_tanh, GeluTanh)
 
 KERNEL(4) norm_input_gradient(const float* z, const float* mean, const float* var, const float* weight, float eps,
                               const float* bias_grad, const float* weight_grad, float* dz, index_t B, index_t N) {
-  norm_input_gradient_rows(Rows{B, N}, z, {mean, var, weight, eps}, bias_grad, weight_grad, 1.0f / (float)B, dz);
+  norm_input_gradient_rows({B, N}, z, {mean, var, weight, eps}, bias_grad, weight_grad, 1.0f / (float)B, dz);
 }

@@ -85,7 +85,7 @@ DEVICE void norm_act_rows(Rows rows, const float* z, const float* bias, const No
     Pack<4> factors = {{1.0f, 1.0f, 1.0f, 1.0f}};
     if (dropout.threshold) factors = dropout_factors(dropout, dropout.step(), (unsigned)b, (unsigned)j / 4);
     UNROLL for (int k = 0; k < W; ++k) {
-      const float factor = W == 4 ? factors[k] : word_of(factors, j % 4);
+      const float factor = W == 4 ? factors[k] : factor_of(factors, j % 4);
       x[k] = norm_act_element<Act>(c.pre_activation(c.deviation(x[k], k), k), factor);
     }
     store(y + i, x);
@@ -113,8 +113,7 @@ DEVICE void norm_input_gradient_rows(Rows rows, const float* z, const Norm& norm
 
 struct ColumnSums { Pack<4> bias, weight; };  // of du, and of du xhat, in a thread's 4 columns
 
-// This thread's share of a row block: du into dz, and the sums. One row at a time: there are registers for no more, and
-// 32 KiB on their way to a multiprocessor are enough.
+// This thread's share of a row block: du into dz, and the sums. One row at a time: there are registers for no more.
 template <class Act, bool VECTOR>
 DEVICE void norm_act_backward_rows(const float* dy, const float* z, const float* bias, const Norm& norm,
                                    const Dropout& dropout, float* dz, RowBlock rows, index_t column, index_t N,
@@ -126,7 +125,8 @@ DEVICE void norm_act_backward_rows(const float* dy, const float* z, const float*
   ROLLED for (unsigned r = threadIdx.y; r < rows.count; r += blockDim.y, i += blockDim.y * N) {
     Pack<4> g = load_quad<VECTOR>(dy + i, left), factors = {{1.0f, 1.0f, 1.0f, 1.0f}};
     const Pack<4> x = load_quad<VECTOR>(z + i, left);
-    if (dropout.threshold) factors = dropout_factors(dropout, dropout.step(), (unsigned)rows.begin + r, (unsigned)column / 4);
+    if (dropout.threshold)
+      factors = dropout_factors(dropout, dropout.step(), (unsigned)rows.begin + r, (unsigned)column / 4);
     UNROLL for (int k = 0; k < 4; ++k) {
       const float deviation = c.deviation(x[k], k);
       g[k] = norm_act_backward_element<Act>(g[k], c.pre_activation(deviation, k), factors[k]);
@@ -149,9 +149,10 @@ DEVICE void norm_act_backward_block(const float* dy, const float* z, const float
   __shared__ float shared[4][TILE_THREADS];
   const index_t first = blockIdx.x * (index_t)(4 * blockDim.x), column = first + 4 * threadIdx.x;
   const bool vector = N % 4 == 0 && aligned16(dy, z, dz);
+  const RowBlock rows(blockIdx.y, B);
   ColumnSums sums = {};
-  if (vector) norm_act_backward_rows<Act, true>(dy, z, bias, norm, dropout, dz, RowBlock(blockIdx.y, B), column, N, sums);
-  else norm_act_backward_rows<Act, false>(dy, z, bias, norm, dropout, dz, RowBlock(blockIdx.y, B), column, N, sums);
+  if (vector) norm_act_backward_rows<Act, true>(dy, z, bias, norm, dropout, dz, rows, column, N, sums);
+  else norm_act_backward_rows<Act, false>(dy, z, bias, norm, dropout, dz, rows, column, N, sums);
   add_row_groups(shared, sums.bias.v);
   if (norm.mean) add_row_groups(shared, sums.weight.v);
   if (threadIdx.y == 0) {

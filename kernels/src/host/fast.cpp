@@ -63,7 +63,7 @@ template <class Act> void backward(const float* dy, const float* saved, const fl
   if (chunks.count > 1) add_chunks(partial, N, dbias);
 }
 
-// dbias and dweight of all chunks, and dz, which is du at first and where there is normalisation, in a second pass, more.
+// dbias and dweight of all chunks, and dz: du, which with normalisation a second pass turns into what it is.
 template <class Act>
 void norm_backward(const float* dy, const float* z, const float* bias, const Norm& norm, const Dropout& dropout,
                    float* dz, float* dbias, float* dweight, index_t B, index_t N, double cost) {
@@ -72,7 +72,7 @@ void norm_backward(const float* dy, const float* z, const float* bias, const Nor
   const RowChunks chunks(B, N, cost);
   std::vector<float> partial(chunks.count * 2 * N);
   over_rows(chunks, [&](index_t k, Rows rows) {
-    float* const mine = &partial[k * 2 * N];
+    float* const mine = partial.data() + k * 2 * N;
     norm_act_backward_rows<Act>(rows, dy, z, columns, dropout, dz, mine, mine + N);
   });
   add_chunks(partial, 2 * N, sums.data());
@@ -217,14 +217,14 @@ EXPORT void batch_norm_stats(const float* z, float* mean, float* var, float* run
   const RowChunks chunks(B, N, 0.3);
   std::vector<float> partial(chunks.count * 2 * N);
   over_rows(chunks, [&](index_t k, Rows rows) {
-    float* const mine = &partial[k * 2 * N];
+    float* const mine = partial.data() + k * 2 * N;
     moments_of_rows(rows, z, mine, mine + N);
   });
   float *const means = partial.data(), *const m2 = means + N;
   for (index_t k = 1; k < chunks.count; ++k) {
     const index_t before = k * chunks.rows;
     const Shares s = shares((float)before, (float)std::min(chunks.rows, B - before));
-    const float* const other = &partial[k * 2 * N];
+    const float* const other = partial.data() + k * 2 * N;
     for (index_t j = 0; j < N; ++j) merge_moments(means[j], m2[j], other[j], other[N + j], s);
   }
   const Statistics statistics{mean, var, running_mean, running_var, momentum};
