@@ -1,4 +1,7 @@
-"""The ops that make batches of a data set: see ops.py, whose rules are theirs. M images of D pixels, B of them in a batch."""
+"""The ops that make batches of a data set, by the rules of ops.py.
+
+Letters: M images, D pixels, B images of a batch.
+"""
 
 import math
 from typing import NamedTuple
@@ -19,12 +22,12 @@ from .ops import _backend, _output
 
 
 class Augment(NamedTuple):
-    """From what range gather_batch draws an affine map for each image; the numbers in a range are equally likely.
+    """The ranges from which gather_batch draws an affine map for each image, uniformly.
 
-    rotation: up to so many degrees either way, at most 45. scale: two factors from 1 - scale to 1 + scale, one along the
-    columns and one along the rows, below 1. shear: up to so many pixels per pixel either way, below 1. shift: up to so many
-    pixels either way, along the columns and along the rows. From the output's position to the source's, the map is
-    scaling, shear along the columns, rotation, and shift, in this order: see src/augment.cuh.
+    rotation: degrees, from -rotation to rotation, which is at most 45. scale: two factors from 1 - scale to 1 + scale,
+    one along the columns and one along the rows; below 1. shear: pixels per pixel, from -shear to shear; below 1.
+    shift: pixels, from -shift to shift, one number along the columns and one along the rows. From an output pixel's
+    position to its source's, the map scales, shears along the columns, rotates, and shifts: see src/augment.cuh.
     """
 
     rotation: float = 0.0
@@ -58,8 +61,8 @@ def gather_batch(
     centre to the source pixel's, sampled bilinearly, 0 outside. augment: an Augment, for square images: such a matrix
     is drawn for each image, the same to the bit on every device that has a fused multiply-add. Not both.
     sigma is noise_sigma, or with noise_uniform noise_sigma times a number drawn uniformly from (0, 1) for each image.
-    All that is drawn depends on `seed` (64 bits), the image's index, the pixel and `draw` alone, so it is the same for any
-    batch size and order (Philox4x32-10, Salmon et al. 2011). draw: int64 array of one element, read when the kernel
+    All that is drawn depends on `seed` (64 bits), the image's index, the pixel and `draw` alone, so it is the same for
+    any batch size and order (Philox4x32-10, Salmon et al. 2011). draw: int64 array of one element, read when the kernel
     runs, of which the low 32 bits count; None is 0. numbers: int32 (M,), what counts as the images' indices then,
     where they are a part of a data set.
     """

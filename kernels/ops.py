@@ -189,8 +189,8 @@ def average_step(average, p, *, decay, step):
     """Moves the exponential moving average of parameters on, flat arrays (P,), in place on average, in one launch.
 
     average += (1 - d) * (p - average) with d = min(decay, (1 + step) / (10 + step)): the first parameters, which are
-    random, are soon forgotten (TensorFlow's ExponentialMovingAverage with num_updates). step counts from 1; it may also be a
-    float32 array of one element on the device of p, as in adam_step. Returns None.
+    random, are soon forgotten (TensorFlow's ExponentialMovingAverage with num_updates). step counts from 1; it may
+    also be a float32 array of one element on the device of p, as in adam_step. Returns None.
     """
     backend = _backend("average", average)
     check_output("average", average, average, FLOAT32, None)

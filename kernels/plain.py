@@ -33,22 +33,21 @@ def softmax_cross_entropy(
         shifted = logits - logits.max(axis=1, keepdims=True)
     xp.exp(shifted, out=dlogits)
     total = dlogits.sum(axis=1, keepdims=True)
-    aim = (1.0 - label_smoothing) * shifted[rows, safe]
+    aim, rate = shifted[rows, safe], scale
     if label_smoothing:
-        aim += label_smoothing * shifted.mean(axis=1)
+        aim = (1.0 - label_smoothing) * aim + label_smoothing * shifted.mean(axis=1)
     losses = xp.where(valid, xp.log(total[:, 0]) - aim, math.nan)
-    if totals is not None:
-        totals[1] += xp.count_nonzero((shifted.argmax(axis=1) == labels) & ~xp.isnan(losses))
-    dlogits *= xp.where(valid, scale / total[:, 0], math.nan)[:, None]
-    dlogits[rows, safe] -= scale * (1.0 - label_smoothing)
-    if label_smoothing:
-        dlogits -= scale * label_smoothing / C
     if class_weights is not None:
         losses *= class_weights[safe]
-        dlogits *= class_weights[safe][:, None]
+        rate = scale * class_weights[safe]
+    dlogits *= xp.where(valid, rate / total[:, 0], math.nan)[:, None]
+    dlogits[rows, safe] -= rate * (1.0 - label_smoothing)
+    if label_smoothing:
+        dlogits -= label_smoothing / C * (rate if class_weights is None else rate[:, None])
     padding[...] = 0
     if totals is not None:
         totals[0] += losses.sum(dtype=np.float64)
+        totals[1] += xp.count_nonzero((shifted.argmax(axis=1) == labels) & ~xp.isnan(losses))
     return (losses.sum(dtype=np.float64) * scale).astype(logits.dtype), out
 
 
@@ -90,8 +89,10 @@ def sgd_step(p, g, velocity=None, *, lr, momentum=0.0, weight_decay=0.0):
 
 
 def average_step(average, p, *, decay, step):
-    late, early = 1.0 - decay, 9.0 / (10.0 + step)
-    share = array_module(p).maximum(late, early).astype(p.dtype) if hasattr(step, "astype") else max(late, early)
+    if hasattr(step, "astype"):  # on the device, of any shape
+        share = array_module(p).maximum(1.0 - decay, 9.0 / (10.0 + step.ravel())).astype(p.dtype)
+    else:
+        share = max(1.0 - decay, 9.0 / (10.0 + step))
     average += share * (p - average)
 
 

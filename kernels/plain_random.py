@@ -39,7 +39,7 @@ def _units(xp, bits):
 
 
 def _words(xp, index, blocks, use, seed, draw):
-    """Philox's four words (B, blocks) of the counters (block, image, draw, use). draw: an array of one element, or None."""
+    """Philox's four words (B, blocks) of the counters (block, image, draw, use). draw: one element in an array, or None."""
     zero = xp.zeros((len(index), blocks), xp.uint64)
     image, block = index.astype(xp.uint64)[:, None], xp.arange(blocks, dtype=xp.uint64)
     draw = xp.uint64(0) if draw is None else draw.reshape(1).astype(xp.uint64) & xp.uint64(_LOW)
@@ -53,7 +53,7 @@ def image_units(xp, index, seed, draw=None):
 
 
 def normals(xp, index, count, seed, draw=None):
-    """Standard normal (B, count) float32 noise that depends on the seed, the image's index, the pixel and draw alone."""
+    """Standard normal (B, count) float32 noise that depends on the seed, the image's index, the pixel and draw."""
     quads = -(-count // 4)
     units = [_units(xp, word) for word in _words(xp, index, quads, FOR_NOISE, seed, draw)]
     noise = xp.empty((len(index), quads, 4), xp.float32)

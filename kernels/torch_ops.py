@@ -78,25 +78,29 @@ def _bias_act_gradients(ctx, dy):
     return dz, dbias, None
 
 
-def softmax_cross_entropy(logits, labels):
+def softmax_cross_entropy(logits, labels, label_smoothing=0.0, class_weights=None):
     """The mean over the rows of -log softmax(logits)[label]: logits (B, C), labels int32 or int64 (B,) -> 0-d.
 
     One pass over the logits gives the loss and its gradient, which is kept for the backward pass. As
-    torch.nn.functional.cross_entropy, but a label outside [0, C) makes the loss NaN; there is no ignore_index.
+    torch.nn.functional.cross_entropy, label_smoothing included, but a label outside [0, C) makes the loss NaN; there
+    is no ignore_index. class_weights (C,): each row's loss is multiplied by the weight of its label, and the mean is
+    still that over the rows, while torch divides by the sum of the weights. It must not require grad.
     """
-    return _softmax_cross_entropy(logits, labels)[0]
+    return _softmax_cross_entropy(logits, labels, label_smoothing, class_weights)[0]
 
 
 @_op(
     "softmax_cross_entropy",
-    "(Tensor logits, Tensor labels) -> (Tensor, Tensor)",
-    lambda logits, labels: (logits.new_empty(()), _like(logits)),
+    "(Tensor logits, Tensor labels, float label_smoothing=0., Tensor? class_weights=None) -> (Tensor, Tensor)",
+    lambda logits, labels, label_smoothing=0.0, class_weights=None: (logits.new_empty(()), _like(logits)),
 )
-def _softmax_cross_entropy(logits, labels):
+def _softmax_cross_entropy(logits, labels, label_smoothing=0.0, class_weights=None):
     logits = logits.detach()
     if labels.dtype == torch.int64:
         labels = labels.clamp(-1, 2**31 - 1).to(torch.int32)  # clamped: 2**32 must not become 0, a valid label
-    return ops.softmax_cross_entropy(logits, labels, out=torch.empty_like(logits))
+    return ops.softmax_cross_entropy(
+        logits, labels, out=torch.empty_like(logits), label_smoothing=label_smoothing, class_weights=class_weights
+    )
 
 
 @_op(
@@ -116,9 +120,9 @@ def _keep_for_softmax_cross_entropy(ctx, inputs, output):
 
 def _softmax_cross_entropy_gradients(ctx, dloss, _):
     if dloss is None:
-        return None, None
+        return None, None, None, None
     loss, dlogits = ctx.saved_tensors
-    return _softmax_cross_entropy_backward(dlogits, dloss, loss), None
+    return _softmax_cross_entropy_backward(dlogits, dloss, loss), None, None, None
 
 
 def _no_second_derivative(ctx, *_):

@@ -122,8 +122,8 @@ def softmax_cross_entropy(logits, labels, scale, smoothing=0.0, weights=None):
 def dlogits_check(form, dlogits, expected, softmax, scale, targets=None):
     """The reduction's tolerance relative to softmax, and where a target is subtracted a rounding's relative to that.
 
-    An exponential of the smallest float32 or less may be lost, and so may its product with the scale. scale: of the loss,
-    or (B, 1), of each row. targets: (B, C); by default 1 at the label.
+    An exponential of the smallest float32 or less may be lost, and so may its product with the scale. scale: of the
+    loss, or (B, 1), of each row. targets: (B, C); by default 1 at the label.
     """
     if targets is None:
         targets = np.abs(scale * softmax - expected) > 0.5 * scale

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
-from kernels import ACTIVATIONS, plain, simt
+from kernels import ACTIVATIONS, Augment, plain, simt
 
 from .backends import SimtOps, simt_backend
 from .checks import EPS, assert_close, assert_same_bits
-from .references import NOISE, TINY, WARP, adam, bfloat16, confusion, permutation, positions, sgd
+from .references import NOISE, TINY, WARP, adam, bfloat16, confusion, gather_checks, permutation, positions, sgd
 
 torch = pytest.importorskip("torch")
 
@@ -304,6 +304,30 @@ def test_gather_batch(data):
         noise, expected = (a.astype(np.float64) - b for a, b in ((x, clean[name][0]), noisy_and_clean_plain))
         with naming(name):
             assert_close(noise, expected, 0.0, 2 * scale * NOISE)
+
+
+@examples
+@given(st.data())
+def test_augmented_batches(data):
+    """What is drawn; torch has no such generator, and the reference is in float64."""
+    M, B, side = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 20)), data.draw(st.sampled_from([1, 2, 8, 28]))
+    rng = np.random.default_rng(data.draw(seeds))
+    images, labels = rng.integers(0, 256, (M, side * side), np.uint8), rng.integers(0, 47, M).astype(np.int32)
+    index, numbers = rng.integers(-1, M + 1, B).astype(np.int32), rng.permutation(2**20)[:M].astype(np.int32)
+    fractions = st.floats(0.0, 0.99)
+    augment = Augment(*(data.draw(each) for each in (st.floats(0.0, 45.0), fractions, fractions, st.floats(0.0, 30.0))))
+    chosen = dict(augment=data.draw(st.sampled_from([augment, None])))
+    chosen |= dict(noise_sigma=data.draw(st.sampled_from([0.0, 0.5])))
+    chosen |= dict(noise_uniform=data.draw(st.booleans()), seed=data.draw(st.integers(0, 2**64 - 1)), numbers=numbers)
+    draw = data.draw(st.integers(-(2**63), 2**63 - 1))
+
+    def call(ops):
+        return ops.gather_batch(images, labels, index, draw=np.array([draw]), **chosen)
+
+    for name, (x, y) in run(call, data.draw(devices())).items():
+        with naming(name):
+            for check in gather_checks(x, y, images, labels, index, draw=draw, **chosen):
+                check.verify()
 
 
 @examples

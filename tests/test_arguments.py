@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import kernels
+from kernels import Augment
 
 from .checks import assert_same_bits, to_numpy
 
@@ -54,7 +55,13 @@ OPS = {
     "softmax_cross_entropy": Op(
         kernels.softmax_cross_entropy,
         dict(logits=_f(4, 6), labels=_i(4), out=_f(4, 6), totals=np.zeros(2), confusion=np.zeros((5, 5), np.int64)),
-        frozenset({"out", "totals", "confusion"}), dict(scale=0.5, classes=5), frozenset({"logits"}),
+        frozenset({"out", "totals", "confusion"}), dict(scale=0.5, classes=5, label_smoothing=0.1),
+        frozenset({"logits"}),
+    ),
+    "weighted softmax_cross_entropy": Op(
+        kernels.softmax_cross_entropy,
+        dict(logits=_f(4, 6), labels=_i(4), out=_f(4, 6), class_weights=_f(5)),
+        frozenset({"out"}), dict(classes=5), frozenset({"logits"}),
     ),
     "adam_step": Op(
         kernels.adam_step,
@@ -66,6 +73,11 @@ OPS = {
         dict(p=_f(6), g=_f(6), velocity=_f(6)),
         frozenset({"p", "velocity"}), dict(lr=0.1, momentum=0.9, weight_decay=0.0), frozenset("p"),
     ),
+    "average_step": Op(
+        kernels.average_step,
+        dict(average=_f(6), p=_f(6)),
+        frozenset({"average"}), dict(decay=0.9, step=1), frozenset({"average"}),
+    ),
     "gather_batch": Op(
         kernels.gather_batch,
         dict(images=np.zeros((5, 9), np.uint8), labels=_i(5), index=_i(4), numbers=_i(5), affine=_f(4, 2, 3), out_x=_f(4, 9),
@@ -76,8 +88,9 @@ OPS = {
     "gather_batch at an offset": Op(
         kernels.gather_batch,
         dict(images=np.zeros((5, 9), np.uint8), labels=_i(5), index=_i(7), offset=np.zeros(1, np.int64), out_x=_f(4, 9),
-             affine=_f(4, 2, 3), out_y=_i(4)),
-        frozenset({"out_x", "out_y"}), {}, frozenset({"images", "out_x"}), one_element=frozenset({"offset"}),
+             affine=_f(4, 2, 3), out_y=_i(4), draw=np.zeros(1, np.int64)),
+        frozenset({"out_x", "out_y"}), dict(noise_sigma=0.5), frozenset({"images", "out_x"}),
+        one_element=frozenset({"offset", "draw"}),
     ),
     "shuffle": Op(
         kernels.shuffle,
@@ -123,8 +136,10 @@ def _assert_refused(backend, op, error, name, value, **others):
     outputs = {
         k: backend.array(x, x.dtype) for k, x in OPS[op].arrays.items() if k in OPS[op].outputs and k != name
     }
+    argument, _, field = name.partition(".")
+    given = {argument: Augment(**{field: value}) if field else value}
     with pytest.raises(error, match=rf"\b{re.escape(name)}\b"):
-        OPS[op].call(backend, **(outputs | others | {name: value}))
+        OPS[op].call(backend, **(outputs | others | given))
     for k, array in outputs.items():
         assert_same_bits(array, OPS[op].arrays[k])
 
@@ -241,6 +256,11 @@ def test_numbers(backend, op, name):
         ("norm_act", "row", 2**32 - 3),  # of 4 rows the last would have no number
         ("norm_act_backward", "dropout", 1.0),
         ("norm_act_backward", "row", 2**32 - 3),
+        ("average_step", "decay", -0.1),
+        ("average_step", "decay", 1.0),
+        ("average_step", "step", 0),
+        ("softmax_cross_entropy", "label_smoothing", -0.1),
+        ("softmax_cross_entropy", "label_smoothing", 1.0),
         ("softmax_cross_entropy", "classes", 0),
         ("softmax_cross_entropy", "classes", -1),
         ("softmax_cross_entropy", "classes", 7),
@@ -252,6 +272,7 @@ def test_numbers_out_of_range(backend, op, name, value):
 
 @pytest.mark.parametrize(("op", "name"), [
     ("adam_step", "step"), ("adam_step", "lr"), ("sgd_step", "lr"), ("norm_act", "step"), ("norm_act_backward", "step"),
+    ("average_step", "step"),
 ])  # fmt: skip
 def test_scalars_in_arrays(backend, op, name):
     _assert_refused(backend, op, TypeError, name, backend.array(1.0, np.float64))
@@ -332,11 +353,29 @@ def test_logits_need_a_class(backend):
     _assert_refused(backend, "softmax_cross_entropy", ValueError, "logits", empty, out=None)
 
 
-def test_affine_needs_square_images(backend):
+@pytest.mark.parametrize("name", ["affine", "augment"])
+def test_maps_need_square_images(backend, name):
     images = backend.array(np.zeros((5, 8)), np.uint8)
-    _assert_refused(
-        backend, "gather_batch", ValueError, "affine", backend.array(_f(4, 2, 3)), images=images, out_x=None
-    )
+    value = backend.array(_f(4, 2, 3)) if name == "affine" else Augment()
+    others = {"images": images, "out_x": None} | ({"affine": None} if name == "augment" else {})
+    _assert_refused(backend, "gather_batch", ValueError, name, value, **others)
+
+
+def test_what_is_no_augment(backend):
+    for value in ((10.0, 0.1, 0.1, 2.0), 10.0, {"rotation": 10.0}, "Augment"):
+        _assert_refused(backend, "gather_batch", TypeError, "augment", value, affine=None)
+    for field, values in {
+        "rotation": (-1.0, 45.1, np.nan, np.inf), "scale": (-0.1, 1.0, np.nan), "shear": (-0.1, 1.0, np.inf),
+        "shift": (-1.0, np.nan, np.inf),
+    }.items():  # fmt: skip
+        for value in values:
+            _assert_refused(backend, "gather_batch", ValueError, f"augment.{field}", value, affine=None)
+        _assert_refused(backend, "gather_batch", TypeError, f"augment.{field}", "0.1", affine=None)
+    OPS["gather_batch"].call(backend, affine=None, augment=Augment(45.0, 0.99, 0.99, 100.0))
+
+
+def test_an_image_is_mapped_once(backend):
+    _assert_refused(backend, "gather_batch", ValueError, "augment", Augment())
 
 
 def test_the_first_argument_may_be_named(backend):

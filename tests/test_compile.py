@@ -161,7 +161,8 @@ def _launches():
     offset = np.zeros(1, np.int64)
     for numbers, where, draw, affine, augment, sigma in (
         (None, None, None, None, None, 0.0), (None, offset, None, None, None, 0.0), (None, None, None, None, None, 0.5),
-        (labels, offset, offset, f(4, 2, 3), None, 0.0), (labels, offset, offset, None, Augment(0.5, 0.1, 0.1, 2.0), 0.5),
+        (labels, offset, offset, f(4, 2, 3), None, 0.0),
+        (labels, offset, offset, None, Augment(0.5, 0.1, 0.1, 2.0), 0.5),
     ):  # fmt: skip
         ops.gather_batch(
             images, labels, numbers, labels[:4], where, draw, affine, f(4, 9), labels[:4], 0.0, 1.0, sigma, True,

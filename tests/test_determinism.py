@@ -29,7 +29,7 @@ def _softmax_cross_entropy(backend, rng, B, C):
     def run():
         totals = backend.array([0.0, 0.0], np.float64)
         counts = backend.array(np.zeros((C - 1, C - 1)), np.int64)
-        settings = dict(totals=totals, confusion=counts, classes=C - 1)
+        settings = dict(totals=totals, confusion=counts, classes=C - 1, label_smoothing=0.1)
         return *kernels.softmax_cross_entropy(logits, labels, **settings), totals, counts
 
     return run
@@ -66,6 +66,26 @@ def _gather_batch(backend, rng, B, N):
     return lambda: kernels.gather_batch(images, labels, index, noise_sigma=0.1, seed=4, affine=affine)
 
 
+def _gather_batch_augmented(backend, rng, B, N):
+    D = 28 * 28 if N > 100 else 25
+    images = backend.array(rng.integers(0, 256, (300, D)), np.uint8)
+    labels, index = backend.array(np.arange(300), np.int32), backend.array(rng.integers(0, 300, B), np.int32)
+    settings = dict(noise_sigma=0.1, noise_uniform=True, augment=kernels.Augment(10.0, 0.1, 0.1, 2.0))
+    draw = backend.array([3], np.int64)
+    return lambda: kernels.gather_batch(images, labels, index, seed=4, draw=draw, **settings)
+
+
+def _average_step(backend, rng, B, N):
+    average, p = (rng.normal(0, 1, B * N).astype(np.float32) for _ in range(2))
+
+    def run():
+        moved = backend.array(average)
+        kernels.average_step(moved, backend.array(p), decay=0.9, step=3)
+        return (moved,)
+
+    return run
+
+
 def _shuffle(backend, rng, B, N):
     index = backend.array(np.arange(B * N), np.int32)
     return lambda: (kernels.shuffle(index, seed=5, epoch=6),)
@@ -99,8 +119,8 @@ def _matrix_product(backend, rng, B, N):
 
 
 OPS = {f.__name__[1:]: f for f in (
-    _bias_act, _bias_act_backward, _softmax_cross_entropy, _adam_step, _sgd_step, _gather_batch,
-    _shuffle, _to_bfloat16, _batch_norm_stats, _norm_act, _norm_act_backward,
+    _bias_act, _bias_act_backward, _softmax_cross_entropy, _adam_step, _sgd_step, _average_step,
+    _gather_batch, _gather_batch_augmented, _shuffle, _to_bfloat16, _batch_norm_stats, _norm_act, _norm_act_backward,
 )}  # fmt: skip
 
 

@@ -1,10 +1,10 @@
-"""adam_step and sgd_step against float64 formulas and against torch.optim."""
+"""adam_step, sgd_step and average_step against float64 formulas and against torch.optim."""
 
 import numpy as np
 import pytest
 
 from .checks import ELEMENTWISE, EPS, OFFSETS, assert_close, assert_same_bits, one_misaligned, to_numpy
-from .references import ADAM_CASES, SGD_CASES, adam, optimizer_state, sgd, step_checks
+from .references import ADAM_CASES, SGD_CASES, adam, average, optimizer_state, sgd, step_checks
 
 SIZES = (0, 1, 2, 3, 4, 5, 31, 32, 33, 47, 127, 1023, 8191, 8193, 32_769)  # 8192: a chunk of the CPU
 LARGE = 1_500_001  # shared among the CPU's threads
@@ -124,6 +124,64 @@ def test_sgd_reads_the_learning_rate_from_an_array(backend, rng, shape):
     assert_same_bits(a, b)
 
 
+def _assert_average(form, rng, P, offset=0, **settings):
+    a, p, *_ = optimizer_state(rng, P, fresh=False)
+    (array, intact), parameters = _guarded(form, a, offset), form.array(p, offset=offset)
+    assert form.ops.average_step(array, parameters, **settings) is None
+    for check in step_checks(form, ("average",), (array,), *average(a, p, **settings)):
+        check.verify()
+    assert_same_bits(parameters, p)
+    intact()
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.999, 0.9999999])
+def test_average(form, rng, decay):
+    """1 - 0.9999999 has no digit in float32 where it is computed there."""
+    for P in SIZES:
+        for offset in OFFSETS:
+            for step in (1, 2, 80, 10**6, 10**9):
+                _assert_average(form, rng, P, offset, decay=decay, step=step)
+
+
+def test_average_of_a_large_model(backend, rng):
+    _assert_average(backend, rng, LARGE, decay=0.999, step=7)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_average_reads_the_step_from_an_array(form, rng, shape):
+    a, p, *_ = optimizer_state(rng, 1000, fresh=False)
+    for step in (3, 10_000):  # early, and late
+        number, array = form.array(a), form.array(a)
+        form.ops.average_step(number, form.array(p), decay=0.99, step=step)
+        form.ops.average_step(array, form.array(p), decay=0.99, step=form.array(step).reshape(shape))
+        assert_close(array, number, 2 * EPS, magnitude=np.abs(a) + np.abs(p))
+
+
+def test_average_stays_at_what_does_not_move(form, rng):
+    p = optimizer_state(rng, 50, fresh=True)[0]
+    array = form.array(p)
+    for step in (1, 1000):
+        form.ops.average_step(array, form.array(p), decay=0.9, step=step)
+    assert_same_bits(array, p)
+
+
+def test_average_against_torch(form, rng):
+    """The average of torch.optim.swa_utils, whose decay is constant: late, when ours is, too."""
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Linear(333, 1, bias=False, dtype=torch.float64)
+    multiply = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=multiply)
+    averaged.update_parameters(model)  # the first of torch's is a copy
+    array = form.array(model.weight.detach().numpy().ravel())
+    for step in range(1000, 1010):
+        p = rng.normal(0, 1, 333).astype(np.float32)
+        with torch.no_grad():
+            model.weight.copy_(torch.tensor(p))
+        averaged.update_parameters(model)
+        form.ops.average_step(array, form.array(p), decay=0.9, step=step)
+    assert_close(array, averaged.module.weight.detach().numpy().ravel(), 0.0, atol=10 * 4 * EPS)
+
+
 def test_one_misaligned_array_rules_out_packs(form, rng):
     state = rng.random((4, 47)).astype(np.float32)
 
@@ -136,6 +194,7 @@ def test_one_misaligned_array_rules_out_packs(form, rng):
         (form.ops.adam_step, 4, dict(step=2, lr=0.1)),
         (form.ops.sgd_step, 3, dict(lr=0.1)),
         (form.ops.sgd_step, 2, dict(lr=0.1)),
+        (form.ops.average_step, 2, dict(decay=0.9, step=2)),
     ]:
         expected = step(op, [0] * count, settings)
         for offsets in one_misaligned(count):

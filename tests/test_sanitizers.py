@@ -56,7 +56,7 @@ def test_every_kernel_is_right_and_clean_and_gives_the_same_bits(flavour, every_
     assert not failures, "\n".join(failures)
     table = (simt.build().parent / "simt_table.inc").read_text()
     names = re.findall(r"SIMT_ENTRY\(((?!gemm_)\w+)\)", table)  # test_gemm.py has those
-    assert launched == set(names) and len(names) == 40
+    assert launched == set(names) and len(names) == 41
     first = _execute(*FLAVOURS[0], every_case)[0]
     assert [case for case in first if bits[case] != first[case]] == []
 

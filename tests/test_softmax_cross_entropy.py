@@ -13,7 +13,7 @@ from . import case
 from .backends import simt_backend
 from .checks import ELEMENTWISE, EPS, OFFSETS, REDUCTION, assert_close, assert_same_bits, to_numpy
 from .references import confusion as count
-from .references import dlogits_check, logits_and_labels, loss_check
+from .references import dlogits_check, logits_and_labels, loss_check, weights_and_targets
 from .references import softmax_cross_entropy as reference
 
 MORE_CLASSES = [(3, 1024), (3, 1025), (2, 5000)]  # around the most classes that a GPU row keeps in registers
@@ -290,6 +290,105 @@ def test_against_torch(form, rng):
         loss, dlogits = form.ops.softmax_cross_entropy(form.array(logits), form.array(labels, np.int32))
         assert_close(loss, expected.detach(), REDUCTION, magnitude=1.0 + expected.item())
         _assert_dlogits(form, dlogits, x.grad.numpy(), torch.softmax(x, 1).detach().numpy(), 1.0 / B)
+
+
+VARIANTS = pytest.mark.parametrize("smoothing, weighted", [(0.1, False), (0.0, True), (0.9, True)])
+
+
+def _weights(rng, C, weighted):
+    return rng.uniform(0.1, 4.0, C).astype(np.float32) if weighted else None
+
+
+@VARIANTS
+def test_smoothing_and_weights(form, rng, smoothing, weighted):
+    for B, C in form.shapes + MORE_CLASSES:
+        logits, labels = logits_and_labels(rng, B, C)
+        labels[1::5] = np.resize([*case.OUT_OF_RANGE, C], labels[1::5].size)
+        weights, scale = _weights(rng, C, weighted), 1.0 / B if B else np.nan
+        losses, expected, softmax, right = reference(logits, labels, scale, smoothing, weights)
+        of_rows, targets = weights_and_targets(labels, C, smoothing, weights)
+        settings = dict(label_smoothing=smoothing, class_weights=None if weights is None else form.array(weights))
+        for rows in (slice(None), labels >= 0):  # with labels out of range, and without
+            rows = np.arange(B)[rows]
+            rows = rows if len(rows) == B else rows[labels[rows] < C]
+            totals, part = form.array([0.0, 0.0], np.float64), 1.0 / len(rows) if len(rows) else np.nan
+            args = form.array(logits[rows]), form.array(labels[rows], np.int32)
+            loss, dlogits = form.ops.softmax_cross_entropy(*args, totals=totals, **settings)
+            _assert_dlogits(form, dlogits, expected[rows] * (part / scale), softmax[rows], part * of_rows[rows, None],
+                            targets[rows])  # fmt: skip
+            if B:
+                loss_check("loss", loss, losses[rows], part, of_rows[rows]).verify()
+            loss_check("total", totals[0], losses[rows], weights=of_rows[rows]).verify()
+            assert int(totals[1]) == right
+
+
+@VARIANTS
+def test_smoothing_and_weights_in_padded_logits(form, rng, smoothing, weighted):
+    """Also the mean of the logits passes over the padding."""
+    for B, C, N in ((4, 1, 2), (33, 47, 64), (2, 1025, 1028)):
+        logits, labels = logits_and_labels(rng, B, C)
+        weights = _weights(rng, C, weighted)
+        settings = dict(label_smoothing=smoothing, class_weights=None if weights is None else form.array(weights))
+        padded = form.array(np.pad(logits, ((0, 0), (0, N - C)), constant_values=np.nan))
+        y = form.array(labels, np.int32)
+        loss, dlogits = form.ops.softmax_cross_entropy(padded, y, out=padded, classes=C, **settings)
+        expected_loss, expected = form.ops.softmax_cross_entropy(form.array(logits), y, **settings)
+        assert_close(loss, expected_loss, 2 * ELEMENTWISE, magnitude=10 + to_numpy(expected_loss))
+        assert_close(dlogits[:, :C], expected, 2 * ELEMENTWISE, magnitude=4.0 / B)
+        assert_same_bits(to_numpy(dlogits)[:, C:], np.zeros((B, N - C), np.float32))
+
+
+def test_no_smoothing_and_weights_of_1_change_no_bit(backend, rng):
+    for C in (47, 1100):
+        logits, labels = logits_and_labels(rng, 20, C)
+        labels[3], logits[5, 2] = C, -np.inf
+        args = backend.array(logits), backend.array(labels, np.int32)
+        ones = backend.array(np.ones(C))
+        expected = backend.ops.softmax_cross_entropy(*args)
+        for more in (dict(label_smoothing=0.0), dict(class_weights=ones)):
+            for a, b in zip(backend.ops.softmax_cross_entropy(*args, **more), expected, strict=True):
+                assert_same_bits(a, b)
+
+
+def test_smoothed_losses_of_ten_thousand_are_exact(form):
+    """(1 - e) 20000 at the label, and e times the mean of 0, 20000 and 10000."""
+    args = form.array([[1e4, -1e4, 0.0]]), form.array([1], np.int32)
+    loss, dlogits = form.ops.softmax_cross_entropy(*args, label_smoothing=0.25)
+    assert_close(loss, 0.75 * 20_000 + 0.25 * 10_000, 4 * EPS)
+    assert_close(dlogits, [[1 - 0.25 / 3, -0.75 - 0.25 / 3, -0.25 / 3]], 4 * EPS)
+
+
+def test_smoothing_finds_the_class_of_probability_zero(form):
+    """As torch: without smoothing, a logit of -inf beside the label costs nothing, and with it without limit."""
+    args = form.array([[-np.inf, 1.0, 1.0]]), form.array([1], np.int32)
+    with np.errstate(invalid="ignore"):
+        for smoothing, expected in ((0.0, np.log(2.0)), (0.1, np.inf)):
+            loss, _ = form.ops.softmax_cross_entropy(*args, label_smoothing=smoothing)
+            assert_close(loss, expected, 2 * EPS)
+
+
+@VARIANTS
+def test_smoothing_and_weights_against_torch(form, rng, smoothing, weighted):
+    """torch weights by class what it smooths, and divides by the sum of the weights: one at a time, and the sum."""
+    torch = pytest.importorskip("torch")
+    for B, C in [(1, 1), (64, 47), (33, 1023)]:
+        logits, labels = logits_and_labels(rng, B, C)
+        weights = _weights(rng, C, weighted)
+        x, y = torch.tensor(logits, dtype=torch.float64, requires_grad=True), torch.tensor(labels, dtype=torch.int64)
+        losses = torch.nn.functional.cross_entropy(x, y, label_smoothing=smoothing, reduction="none")
+        of_rows, targets = weights_and_targets(labels, C, smoothing, weights)
+        if smoothing == 0.0:
+            w = torch.tensor(weights, dtype=torch.float64)
+            losses = torch.nn.functional.cross_entropy(x, y, w, reduction="none")
+        elif weighted:
+            losses = losses * torch.tensor(of_rows)
+        losses.sum().backward()
+        settings = dict(label_smoothing=smoothing, class_weights=None if weights is None else form.array(weights))
+        args = form.array(logits), form.array(labels, np.int32)
+        loss, dlogits = form.ops.softmax_cross_entropy(*args, scale=1.0, **settings)
+        loss_check("loss", loss, losses.detach().numpy(), weights=of_rows).verify()
+        softmax = torch.softmax(x, 1).detach().numpy()
+        _assert_dlogits(form, dlogits, x.grad.numpy(), softmax, of_rows[:, None], targets)
 
 
 _LOGITS = st.one_of(st.floats(-1e4, 1e4, width=32), st.sampled_from([np.nan, np.inf, -np.inf]))

@@ -88,6 +88,13 @@ def test_opcheck_softmax_cross_entropy(device, shape, grad):
             torch.library.opcheck(OPS.softmax_cross_entropy.default, args, test_utils=utilities)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_opcheck_softmax_cross_entropy_smoothed_and_weighted(device, grad):
+    logits, labels = torch.randn(4, 6, device=device, requires_grad=grad), _labels(4, 6, device)
+    for more in ((0.1,), (0.1, torch.rand(6, device=device)), (0.0, torch.rand(6, device=device))):
+        torch.library.opcheck(OPS.softmax_cross_entropy.default, (logits, labels, *more))
+
+
 @pytest.mark.parametrize("shape", [(4, 6), (0, 3)])
 def test_opcheck_softmax_cross_entropy_backward(device, shape):
     args = torch.randn(shape, device=device), torch.tensor(2.0, device=device), torch.tensor(1.0, device=device)
@@ -144,6 +151,8 @@ def test_gradcheck_softmax_cross_entropy(device):
     labels = torch.tensor([4, 0], device=device)
     assert F.cross_entropy(logits, labels) < 4
     _gradcheck(lambda x: softmax_cross_entropy(x, labels), [logits], 2.0**-4, 0.1 / 2, 4 * ELEMENTWISE)
+    smoothed = functools.partial(softmax_cross_entropy, label_smoothing=0.25, class_weights=torch.ones_like(logits[0]))
+    _gradcheck(lambda x: smoothed(x, labels), [logits], 2.0**-4, 0.1 / 2, 4 * ELEMENTWISE)
 
 
 # Values and gradients against torch's
@@ -179,6 +188,24 @@ def test_softmax_cross_entropy_is_torchs(device, dtype):
         (dlogits,), (expected,) = (torch.autograd.grad(x, y) for x, y in ((loss, logits), (expected, reference)))
         assert_close(dlogits, expected, REDUCTION, magnitude=torch.full_like(expected, 1 / B))
         assert_same_bits(softmax_cross_entropy(logits.detach(), labels), loss.detach())
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["smoothed", "weighted"])
+def test_softmax_cross_entropy_smoothed_or_weighted_is_torchs(device, weighted):
+    """torch divides by the sum of the weights instead of the rows, and what it smooths it weights by class."""
+    for B, C in [*SHAPES[1:], (3, 1500)]:
+        logits, labels = torch.randn(B, C, device=device).mul_(3).requires_grad_(), _labels(B, C, device)
+        (reference,) = _double(logits)
+        if weighted:
+            weights = torch.rand(C, device=device)
+            loss = softmax_cross_entropy(logits, labels, class_weights=weights)
+            expected = F.cross_entropy(reference, labels, weights.double(), reduction="sum") / B
+        else:
+            loss = softmax_cross_entropy(logits, labels, label_smoothing=0.1)
+            expected = F.cross_entropy(reference, labels, label_smoothing=0.1)
+        assert_close(loss.detach(), expected.detach(), REDUCTION, magnitude=1 + expected.detach())
+        (dlogits,), (expected,) = (torch.autograd.grad(x, y) for x, y in ((loss, logits), (expected, reference)))
+        assert_close(dlogits, expected, REDUCTION, magnitude=torch.full_like(expected, 1 / B))
 
 
 def test_the_batch_may_be_empty(device):
@@ -315,6 +342,9 @@ def test_wrong_arguments_are_named(device):
         (ValueError, "labels", lambda: softmax_cross_entropy(f(5, 6), labels)),
         (TypeError, "labels", lambda: softmax_cross_entropy(f(4, 6), labels.short())),
         (RuntimeError, "labels", lambda: softmax_cross_entropy(f(4, 6), [0, 1, 2, 3])),
+        (ValueError, "label_smoothing", lambda: softmax_cross_entropy(f(4, 6), labels, 1.0)),
+        (ValueError, "class_weights", lambda: softmax_cross_entropy(f(4, 6), labels, class_weights=f(5))),
+        (TypeError, "class_weights", lambda: softmax_cross_entropy(f(4, 6), labels, 0.0, f(6, requires_grad=True))),
         (TypeError, "p", lambda: torch_ops.adam_step(f(3, requires_grad=True), f(3), f(3), f(3), step=1, lr=0.1)),
         (ValueError, "g", lambda: torch_ops.adam_step(f(3), f(4), f(3), f(3), step=1, lr=0.1)),
         (ValueError, "step", lambda: torch_ops.adam_step(f(3), f(3), f(3), f(3), step=0, lr=0.1)),
@@ -333,7 +363,8 @@ def test_wrong_arguments_are_named(device):
 def _step(x, w1, b1, w2, b2, labels):
     hidden = bias_act(x @ w1, b1, "gelu")
     logits = bias_act(bias_act(hidden @ w2, b2, "relu"), b2, "identity")
-    return softmax_cross_entropy(logits, labels)
+    weighted = softmax_cross_entropy(logits, labels, label_smoothing=0.1, class_weights=b2.detach().abs())
+    return softmax_cross_entropy(logits, labels) + weighted
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

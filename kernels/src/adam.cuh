@@ -8,8 +8,9 @@
 // Average:  a <- a + (1 - d) (p - a),  d = min(decay, (1 + t) / (10 + t))
 //
 // p, g, m, v, a: (P,) float32. Bytes per element: Adam reads 16 and writes 12; SGD with momentum reads 12
-// and writes 8; the average reads 8 and writes 4. Launch: grid-stride, 16-byte accesses; no element depends on another. What all elements share, from a
-// load of the learning rate to Adam's two powers, comes after a thread's first loads: it takes as long as they do.
+// and writes 8; the average reads 8 and writes 4. Launch: grid-stride, 16-byte accesses; no element depends on another.
+// What all elements share, from a load of the learning rate to Adam's two powers, comes after a thread's first loads:
+// it takes as long as they do.
 #pragma once
 #include "common.cuh"
 

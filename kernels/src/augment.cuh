@@ -1,16 +1,16 @@
 // Variations of the images of a batch: affine maps and noise, given or drawn at random.
 //
 // A map takes an output pixel's position (u, v), column and row from the centre of a square image, to the source's:
-//   column = a00 u + a01 v + a02,  row = a10 u + a11 v + a12      (the inverse map, as in torch's affine_grid, in pixels)
+//   column = a00 u + a01 v + a02,  row = a10 u + a11 v + a12     (the inverse map, in pixels, as in torch's affine_grid)
 // whose value is bilinear, 0 outside. A random one is
-//   (a00 a01; a10 a11) = R(angle) (1 shear; 0 1) diag(zoom, zoom'),  (a02 a12) = shift
-// with angle, shear and shifts uniform around 0 and the zooms around 1. Its operations are multiply_adds, in this order
+//   (a00 a01; a10 a11) = R(angle) (1 shear; 0 1) diag(zoom, zoom'),   (a02 a12) = shift
+// with angle, shear and shifts uniform around 0 and the zooms around 1. It is computed by multiply_adds in this order
 // wherever it is drawn, so that every device has the same matrix, to the bit.
 //
-// All random numbers are those of Philox (random.cuh) under the key `seed`: the noise of counter (pixel / 4, number, draw,
-// FOR_NOISE), what an image has one of of counters (0 and 1, number, draw, FOR_AUGMENT). They depend on the seed, the
-// image's number and the draw, for which training takes the epoch, alone: a run can be replayed with any batch size on any
-// device. `number` is the image's index, or where images are a part of a data set `numbers` (M,) are theirs in the whole.
+// The random numbers are Philox's (random.cuh) under the key `seed`: noise has those of counter (pixel / 4, number,
+// draw, FOR_NOISE), and what an image has one of those of (0 or 1, number, draw, FOR_AUGMENT). `number` is the image's
+// index, or where images are a part of a data set `numbers` (M,) are theirs in the whole; `draw` is what the caller
+// counts, such as epochs. They depend on nothing else, so a run can be replayed with any batch size on any device.
 #pragma once
 #include "common.cuh"
 #include "random.cuh"

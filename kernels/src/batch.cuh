@@ -2,14 +2,15 @@
 //
 //   x[b, d] = (pixel / 255 + sigma n(b, d) - mean) scale,   y[b] = labels[index[b]]
 //
-// images: (M, D) uint8; index, labels: int32; x: (B, D) float32. pixel is images[index[b], d], or the value at the source
-// position of a map, and n is standard normal: see augment.cuh. An index outside [0, M) gives a NaN row and label -1.
+// images: (M, D) uint8; index, labels: int32; x: (B, D) float32. pixel is images[index[b], d], or the value at the
+// source position of a map, and n is standard normal: see augment.cuh. An index outside [0, M) gives a NaN row and
+// label -1.
 // With `offset`, one number on the device, the batch is index[offset : offset + B] instead of the whole index, so that
 // a captured launch goes on from step to step; a position outside the index is no image either. advance() moves it.
-// Bytes per element: 5. Launch: flat, grid-stride, 4 pixels at a time; in whole words, a thread has five such words under
-// way, because it waits for the index before it can load any. gather_augmented, with maps and noise, is a kernel of its
-// own, because they take more registers. There each thread draws what its image has one of again: a hundred operations,
-// which is less than a launch.
+// Bytes per element: 5. Launch: flat, grid-stride, 4 pixels at a time; in whole words, a thread has five such words
+// under way, because it waits for the index before it can load any. gather_augmented, with maps and noise, is a kernel
+// of its own, whose registers this one does not pay for. There each thread draws anew what its image has one of: some
+// hundreds of operations, which take less time than another launch.
 #pragma once
 #include "augment.cuh"
 #include "common.cuh"

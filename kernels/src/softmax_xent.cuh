@@ -57,7 +57,8 @@ DEVICE RowResult softmax_xent_row(Row row, const float* x, float* dx, int C, int
   const bool beaten = Group::any<K>(C, [&](int k, int j) { return row.logit(x, k, j) == largest && j < label; });
   const bool right = own == largest && !beaten;
   float below = t.kept * (largest - own);  // how far the mean logit under the target is below the largest
-  if (t.shared != 0.0f) below += t.shared * Group::sum<K>(C, [&](int k, int j) { return largest - row.logit(x, k, j); });
+  if (t.shared != 0.0f)
+    below += t.shared * Group::sum<K>(C, [&](int k, int j) { return largest - row.logit(x, k, j); });
   Group::sync();  // dx may be x, and another lane writes where `own` was read
 
   Group::for_each<K>(C, [&](int k, int j) { row.at(k, j) = exponential(row.logit(x, k, j) - largest); });

@@ -2,8 +2,7 @@
 #pragma once
 #include <vector>
 
-// What the images of one size have in common: positions of the pixels, u and v, from the centre. For images without maps
-// side is 0.
+// The pixels' positions in square images, u and v from the centre. Without maps, side is 0.
 struct PixelGrid {
   int side;
   std::vector<float> u, v;
