@@ -10,7 +10,7 @@ inline void gather_row(const GatherSettings& s, const Augmentation& a, Neighbour
     return;
   }
   const unsigned char* const image = images + source * s.D;
-  const unsigned number = (unsigned)(a.numbers ? a.numbers[source] : source);
+  const unsigned number = number_of(a, source);
   const bool mapped = a.affine || a.random, noisy = a.noise_sigma != 0.0f;
   Map map;
   if (mapped) {
