@@ -16,7 +16,7 @@ ROW_PACKS, GATHER_WORDS = 2, 5  # that a thread of bias_act and of gather loads 
 TILE_WIDTHS = (2, 4, 8, 16, 32)  # packs of 4 columns that a block of bias_act_backward has
 ROWS_PER_THREAD = 8  # of bias_act_backward at most, where each block has all rows
 # Blocks that a multiprocessor with room for them holds at once: module.cu keeps the registers within what they leave.
-TILE_BLOCKS, ROWS_BLOCKS, GATHER_BLOCKS, NORM_BLOCKS = 4, 6, 6, 4
+TILE_BLOCKS, ROWS_BLOCKS, GATHER_BLOCKS, NORM_BLOCKS, AVERAGE_BLOCKS = 4, 6, 6, 4, 6
 ROW_BLOCKS = {1: 8, 2: 8, 4: 8, 8: 6, 16: 4, 32: 3, 0: 8}  # softmax_xent_<n>: up to 32 n classes in registers; 0: any
 _MAX_GRID_Y = 65535
 
@@ -150,7 +150,7 @@ class Launches:
         )  # fmt: skip
 
     def average_step(self, average, p, decay, step):
-        grid, block = self._flat_shape(p.size)
+        grid, block = self._flat_shape(p.size, blocks=AVERAGE_BLOCKS)
         args = average, p, np.int64(p.size), np.float32(1.0 - decay), *self._scalar(step)
         self._device.function("average")(grid, block, args)
 

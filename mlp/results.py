@@ -11,7 +11,7 @@ from . import InputError
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 # What of config.json does not make a run another experiment: the seed, and how the same data, the same results and the
 # versions came about.
-IGNORED = {"seed", "data", "data_name", "class_names", "plan", "command", "versions"}
+IGNORED = {"seed", "data", "data_name", "class_names", "plan", "threads", "command", "versions"}
 SHOWN = {"model", "fused", "backend", "device_name"}  # by columns of their own
 
 

@@ -44,15 +44,16 @@ WORKERS = 2
 TESTS = tuple(
     f"tests/test_{name}.py"
     for name in ("launch_shapes", "softmax_cross_entropy", "gather_batch", "bias_act", "optimizer_steps",
-                 "shuffle", "to_bfloat16", "advance", "batch_norm", "dropout", "norm_act", "sanitizers", "determinism",
-                 "host_library", "host_sanitizers", "gemm_launches", "gemm")
+                 "augment", "shuffle", "to_bfloat16", "advance", "batch_norm", "dropout", "norm_act", "sanitizers",
+                 "determinism", "host_library", "host_sanitizers", "gemm_launches", "gemm")
 )  # fmt: skip
-_, XENT, GATHER, BIAS_ACT, STEPS, SHUFFLE, CONVERT, *_, GEMM_LAUNCHES, GEMM = TESTS
+_, XENT, GATHER, BIAS_ACT, STEPS, AUGMENT, SHUFFLE, CONVERT, *_, GEMM_LAUNCHES, GEMM = TESTS
 # file -> the tests that most likely notice, and where it runs, unless a mutation says otherwise
 FIRST = {
     "kernels/src/bias_act.cuh": (BIAS_ACT, ""),
     "kernels/src/softmax_xent.cuh": (XENT, ""),
     "kernels/src/adam.cuh": (STEPS, ""),
+    "kernels/src/augment.cuh": (AUGMENT, ""),
     "kernels/src/batch.cuh": (GATHER, ""),
     "kernels/src/random.cuh": (GATHER, ""),
     "kernels/src/shuffle.cuh": (SHUFFLE, ""),
@@ -69,7 +70,10 @@ FIRST = {
     "kernels/src/gemm_operand.cuh": (GEMM, "simt"),
     "kernels/src/mma.cuh": (GEMM_LAUNCHES, "simt"),
     "kernels/src/host/vocabulary.h": (BIAS_ACT, "host"),
+    "kernels/src/host/augment.h": (GATHER, "host"),
     "kernels/src/host/fast.cpp": (BIAS_ACT, "host"),
+    "kernels/src/host/gather.h": (GATHER, "host"),
+    "kernels/src/host/philox.h": (GATHER, "host"),
     "kernels/src/host/stream.h": (STEPS, "host"),
     "mlp/cublaslt.py": ("tests/test_cublaslt.py", "host"),
     "mlp/cublaslt_plans.py": ("tests/test_cublaslt.py", "host"),

@@ -111,6 +111,7 @@ def test_the_numbers_shared_with_the_sources_agree():
     assert f"TILE_THREADS = {launches.THREADS}, " in text
     assert f"WORDS_AT_ONCE = {launches.GATHER_WORDS};" in text
     assert f"q < packed; q += {launches.ROW_PACKS} * threads" in text
+    assert f"KERNEL({launches.AVERAGE_BLOCKS}) average(" in text
     assert f"KERNEL({launches.GATHER_BLOCKS}) gather(" in text
     assert f"KERNEL({launches.GATHER_BLOCKS}) gather_augmented(" in text
     assert f"XENT_THREADS = {launches.THREADS};" in text

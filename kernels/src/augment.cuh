@@ -30,6 +30,10 @@ struct Map { float a[6]; };
 
 struct Position { float column, row; };
 
+DEVICE unsigned number_of(const Augmentation& s, index_t image) {
+  return (unsigned)(s.numbers ? s.numbers[image] : image);
+}
+
 DEVICE void image_bits(unsigned (&bits)[4], const Augmentation& s, unsigned number, unsigned block) {
   bits[0] = block;
   bits[1] = number;

@@ -59,7 +59,7 @@ DEVICE Pack<4> quad_of(const AsTheyAre&, const unsigned char* image, int D, inde
 
 // ... mapped and with noise, for row b of the batch.
 DEVICE Pack<4> quad_of(const Augmentation& a, const unsigned char* image, int D, index_t source, index_t b, int d) {
-  const unsigned number = (unsigned)(a.numbers ? a.numbers[source] : source);
+  const unsigned number = number_of(a, source);
   Pack<4> p;
   if (a.affine || a.random) {
     const Map map = map_of(a, b, number);

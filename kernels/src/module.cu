@@ -70,7 +70,7 @@ KERNEL(6) sgd(float* p, const float* g, float* velocity, index_t n, float lr, co
   sgd_range(Range{n}, p, g, velocity, [=] { return lr_pointer ? *lr_pointer : lr; }, momentum, weight_decay);
 }
 
-KERNEL(8) average(float* average, const float* p, index_t n, float complement, float step, const float* step_pointer) {
+KERNEL(6) average(float* average, const float* p, index_t n, float complement, float step, const float* step_pointer) {
   average_range(Range{n}, average, p, [=] { return average_rate(complement, step_pointer ? *step_pointer : step); });
 }
 

@@ -58,18 +58,16 @@ class Neighbours {
   std::vector<unsigned> words_;
 };
 
-// x[k] += sigma times the noise of pixel begin + k, for k < count; begin is a multiple of 4.
+// x[k] += sigma times the noise of pixel begin + k, for k < count <= 4 PHILOX_MANY; begin is a multiple of 4.
 inline void add_noise(const Augmentation& s, unsigned number, float* x, int begin, int count) {
   const float sigma = noise_of(s, number);
+  const int quads = (count + 3) / 4;
   unsigned word[4][PHILOX_MANY];
   float noise[4 * PHILOX_MANY];
-  for (int done = 0; done < count; done += 4 * PHILOX_MANY) {
-    const int pixels = std::min(4 * PHILOX_MANY, count - done), quads = (pixels + 3) / 4;
-    philox4x32_many(word, (unsigned)(begin + done) / 4, quads, number, s.draw, FOR_NOISE, s.seed_low, s.seed_high);
-    INDEPENDENT for (int q = 0; q < quads; ++q) {
-      const Normals n = normals({word[0][q], word[1][q], word[2][q], word[3][q]});
-      for (int k = 0; k < 4; ++k) noise[4 * q + k] = n.v[k];
-    }
-    INDEPENDENT for (int k = 0; k < pixels; ++k) x[done + k] += sigma * noise[k];
+  philox4x32_many(word, (unsigned)begin / 4, quads, number, s.draw, FOR_NOISE, s.seed_low, s.seed_high);
+  INDEPENDENT for (int q = 0; q < quads; ++q) {
+    const Normals n = normals({word[0][q], word[1][q], word[2][q], word[3][q]});
+    for (int k = 0; k < 4; ++k) noise[4 * q + k] = n.v[k];
   }
+  INDEPENDENT for (int k = 0; k < count; ++k) x[k] += sigma * noise[k];
 }
