@@ -4,6 +4,8 @@
 #   make sanitize  every kernel on every shape, on the CPU under ThreadSanitizer, AddressSanitizer and UBSan
 #   make mutate    plants small faults in the kernels, which tests must notice (three quarters of an hour)
 #   make bench     measures kernels, steps and epochs (9 minutes), draws the plots and writes README.md's tables
+#   make study     every model with three seeds and what each refinement is worth (half an hour): report in OUT;
+#                  DATA=emnist studies EMNIST, ALSO="folder ..." further data sets
 #   make gpu-check every kernel on this GPU and under compute-sanitizer; installs nothing; OUT=folder of the report
 #   make gpu-report  the measurements on this GPU and under Nsight; installs nothing; OUT=folder of the results
 # Others: make build | clean; make cuda compiles the GPU kernels ahead of time (needs nvcc), make budget prints
@@ -15,13 +17,14 @@ VENV ?= .venv
 CUPY ?= $(if $(filter Darwin,$(shell uname -s)),,cupy-cuda12x)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed-$(or $(CUPY),without-cupy)
+DATA ?= glyphs
 TO = $(if $(OUT),--out "$(OUT)")
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 LIBRARY := kernels/libkernels_host.so
 CONFIGURE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_BUILD_TYPE=Release
 SOURCES := CMakeLists.txt $(wildcard kernels/src/*.* kernels/src/host/*.*)
 
-.PHONY: train test sanitize mutate gpu-check bench gpu-report build cuda budget clean
+.PHONY: train test study sanitize mutate gpu-check bench gpu-report build cuda budget clean
 .DELETE_ON_ERROR:
 
 train: build
@@ -29,6 +32,9 @@ train: build
 
 test: build
 	$(BIN)/python -m pytest $(ARGS)
+
+study: build
+	$(BIN)/python -m mlp study --data "$(DATA)" $(if $(ALSO),--also $(ALSO)) $(TO) $(ARGS)
 
 bench: build
 	$(BIN)/python profile/bench_kernels.py $(TO)

@@ -1,4 +1,4 @@
-"""Look at data, at pictures of your own and at finished runs: python -m mlp explore | predict | compare"""
+"""Look at data, at pictures of your own and at finished runs: python -m mlp explore | predict | compare | study"""
 
 import sys
 from importlib import import_module
@@ -27,6 +27,12 @@ def build_parser() -> Parser:
     add = command("compare", "runs side by side, and beside published results")
     add("runs", nargs="+", type=Path, metavar="run", help="a folder that train.py wrote")
     add("--out", type=Path, default=Path("runs/compare"), help="folder for the results (default: runs/compare)")
+    add = command("study", "every model, plain and fused, with several seeds, and what each refinement is worth")
+    add("--data", default="glyphs", help="as of train.py (default: glyphs)")
+    add("--also", nargs="*", default=[], help="further data sets, for robustness and refinements")
+    add("--seeds", type=int, default=3, help="runs of each (default: 3)")
+    add("--runs", type=Path, default=Path("runs/study"), help="folder for the runs (default: runs/study)")
+    add("--out", type=Path, default=Path("runs/study/report"), help="folder for the report (default: runs/study/report)")
     return parser
 
 
