@@ -121,8 +121,8 @@ DEVICE void norm_act_backward_rows(const float* dy, const float* z, const float*
   const int left = columns_left(column, N);
   if (left == 0) return;
   const auto c = columns<4>(norm, bias, [=](const float* p) { return load_quad<false>(p + column, left); });
-  index_t i = (rows.begin + threadIdx.y) * N + column;
-  ROLLED for (unsigned r = threadIdx.y; r < rows.count; r += blockDim.y, i += blockDim.y * N) {
+  ROLLED for (unsigned r = threadIdx.y; r < rows.count; r += blockDim.y) {
+    const index_t i = (rows.begin + r) * N + column;
     Pack<4> g = load_quad<VECTOR>(dy + i, left), factors = {{1.0f, 1.0f, 1.0f, 1.0f}};
     const Pack<4> x = load_quad<VECTOR>(z + i, left);
     if (dropout.threshold)
