@@ -72,7 +72,7 @@ def test_a_clean_run_through_every_process(tmp_path, fake_sanitizer):
     assert report["versions"]["compute_sanitizer"] == "Version 0.fake"
     assert report["options"]["device"] == "simt" and list(report["parts"]) == ["cases", "memcheck"]
     number = len(cases.representative()) + len(gemm_cases.few())
-    assert report["parts"]["cases"]["kernels"] == 51 and report["parts"]["cases"]["cases"] == number
+    assert report["parts"]["cases"]["kernels"] == 52 and report["parts"]["cases"]["cases"] == number
     memcheck = report["parts"]["memcheck"]
     assert (memcheck["errors"], memcheck["planted_errors"], memcheck["cases"]) == (0, 1, number)
     assert len(report["results"]) == number
