@@ -142,7 +142,7 @@ KERNEL(4) batch_norm_stats(const float* z, float* mean, float* var, float* runni
 #define NORM_ACT(name, Act)                                                                                   \
   KERNEL(4) norm_act_##name(const float* z, const float* bias, const float* mean, const float* var,           \
                             const float* weight, float eps, float* y, index_t B, index_t N, DROPOUT) {        \
-    norm_act_rows<Act>({B, N}, z, bias, {mean, var, weight, eps},                                         \
+    norm_act_rows<Act>({B, N}, z, bias, {mean, var, weight, eps},                                             \
                        {threshold, scale, seed_low, seed_high, step, step_pointer, layer, row}, y);           \
   }                                                                                                           \
   KERNEL(4) norm_act_backward_##name(const float* dy, const float* z, const float* bias, const float* mean,   \
