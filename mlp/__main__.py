@@ -28,7 +28,7 @@ def build_parser() -> Parser:
     add("runs", nargs="+", type=Path, metavar="run", help="a folder that train.py wrote")
     add("--out", type=Path, default=Path("runs/compare"), help="folder for the results (default: runs/compare)")
     add = command("study", "every model, plain and fused, with several seeds, and what each refinement is worth")
-    add("--data", default="glyphs:40000", help="as of train.py (default: glyphs:40000)")
+    add("--data", default="glyphs:30000", help="as of train.py (default: glyphs:40000)")
     add("--also", nargs="*", default=[], help="further data sets, for robustness and refinements")
     add("--seeds", type=int, default=3, help="runs of each (default: 3)")
     add("--runs", type=Path, default=Path("runs/study"), help="folder for the runs (default: runs/study)")

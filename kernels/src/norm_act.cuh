@@ -48,9 +48,6 @@ template <int W, class Get> DEVICE Columns<W> columns(const Norm& norm, const fl
 }
 
 template <class Act> DEVICE float norm_act_element(float u, float factor) { return Act::value(u) * factor; }
-template <class Act> DEVICE float norm_act_backward_element(float dy, float u, float factor) {
-  return Act::backward(dy * factor, u);
-}
 
 // dz of one element with normalisation, in column k of c: the sums are dbias and dweight.
 template <int W>
@@ -123,13 +120,15 @@ DEVICE void norm_act_backward_rows(const float* dy, const float* z, const float*
   const auto c = columns<4>(norm, bias, [=](const float* p) { return load_quad<false>(p + column, left); });
   ROLLED for (unsigned r = threadIdx.y; r < rows.count; r += blockDim.y) {
     const index_t i = (rows.begin + r) * N + column;
-    Pack<4> g = load_quad<VECTOR>(dy + i, left), factors = {{1.0f, 1.0f, 1.0f, 1.0f}};
+    Pack<4> g = load_quad<VECTOR>(dy + i, left);
     const Pack<4> x = load_quad<VECTOR>(z + i, left);
-    if (dropout.threshold)
-      factors = dropout_factors(dropout, dropout.step(), (unsigned)rows.begin + r, (unsigned)column / 4);
+    if (dropout.threshold) {  // applied at once, because the factors would take registers that are not there
+      const auto factors = dropout_factors(dropout, dropout.step(), (unsigned)rows.begin + r, (unsigned)column / 4);
+      UNROLL for (int k = 0; k < 4; ++k) g[k] *= factors[k];
+    }
     UNROLL for (int k = 0; k < 4; ++k) {
       const float deviation = c.deviation(x[k], k);
-      g[k] = norm_act_backward_element<Act>(g[k], c.pre_activation(deviation, k), factors[k]);
+      g[k] = Act::backward(g[k], c.pre_activation(deviation, k));
       sums.bias[k] += g[k];
       sums.weight[k] += g[k] * deviation;
     }
@@ -226,7 +225,7 @@ DEVICE void norm_act_backward_rows(Rows rows, const float* dy, const float* z, P
   for_each_with_factor(rows, dropout, [=](index_t i, index_t j, float factor) {
     const Columns<1> c = columns[j];
     const float deviation = c.deviation(z[i], 0);
-    const float du = norm_act_backward_element<Act>(dy[i], c.pre_activation(deviation, 0), factor);
+    const float du = Act::backward(dy[i] * factor, c.pre_activation(deviation, 0));
     bias_sums[j] += du;
     weight_sums[j] += du * (deviation * c.rstd[0]);
     dz[i] = du;
