@@ -30,8 +30,10 @@ SOURCES := CMakeLists.txt $(wildcard kernels/src/*.* kernels/src/host/*.*)
 train: build
 	$(BIN)/python train.py --model m1 --fused $(ARGS)
 
+# A file per process, and in each process one thread for matrix products: threads that wait for each other do not get
+# on where other processes have the cores.
 test: build
-	$(BIN)/python -m pytest $(ARGS)
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile $(ARGS)
 
 study: build
 	$(BIN)/python -m mlp study --data "$(DATA)" $(if $(ALSO),--also $(ALSO)) $(TO) $(ARGS)

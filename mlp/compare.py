@@ -58,11 +58,11 @@ def _results(rows: list[Row]) -> str:
 def _noise(rows: list[Row], score: str) -> str:
     sigmas = sorted({sigma for row in rows for sigma in row.noise(score)})
     body = [
-        [row.name, row.kernels or NONE]
+        [row.name, row.kernels or NONE, row.backend or NONE]
         + [_cell(row.values("noise", str(sigma), score), ".2f", 100) for sigma in sigmas]
         for row in rows
     ]
-    return markdown(["model", "kernels", *map(str, sigmas)], body, left=2)
+    return markdown(["model", "kernels", "backend", *map(str, sigmas)], body, left=3)
 
 
 def _cell(values: list[float], form: str, unit: float = 1) -> str:
@@ -100,7 +100,7 @@ def _lines(rows: list[Row]):
     colour = -1
     for row in rows:
         colour += not row.published
-        yield row, row.name if row.published else f"{row.name} {row.kernels}", {
+        yield row, row.name if row.published else f"{row.name} {row.backend} {row.kernels}", {
             "color": f"C{colour % 10}", "linestyle": "--" if row.published else "-" if colour < 10 else "-.",
         }  # fmt: skip
 

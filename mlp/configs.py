@@ -144,7 +144,8 @@ PRESETS = {
         "m3a", (256, 128, 64, 64), backend="torch", activation="gelu", dropout=0.2, l2=1e-4, patience=7
     ),
     "m3b": dataclasses.replace(_M3, model="m3b"),
-    # From scratch, with what helped on glyphs and digits alike: mlp/study.py measures it.
+    # From scratch, for images that are not clean; profile/results/study compares it with m3, profile/NOTES.md says
+    # what else was tried.
     "robust": Config(
         "robust", (512, 512, 512), activation="silu", batch_norm=True, batch_size=256, lr=0.002, schedule="cosine",
         warmup=1, train_noise=0.5, augment=0.5,

@@ -56,7 +56,7 @@ def test_a_run_is_a_row(tmp_path):
     runs = compare.read([write_run(tmp_path / "a")])
     table, accuracy, f1 = cells(compare.tables(runs))
     assert dict(zip(*table)) == {
-        "model": "m1", "kernels": "plain", "backend": "numpy", "device": "a CPU", "parameters": "1,234,567",
+        "model": "m1", "kernels": "plain", "backend": "scratch", "device": "a CPU", "parameters": "1,234,567",
         "epochs": "3", "s/epoch": "1.5", "val accuracy %": "92.00", "test accuracy %": "90.00",
         "test macro F1 %": "89.00", "test cross-entropy": "0.1000",
     }  # fmt: skip
@@ -75,7 +75,7 @@ def test_seeds_of_one_experiment_are_one_row(tmp_path):
     assert [row["kernels"] for row in rows] == ["plain", "plain", "fused"]
     assert rows[0]["test accuracy %"] == f"{100 * sum(values) / 3:.2f} ± {100 * stdev(values):.2f}"
     assert rows[0]["s/epoch"] == "1.5" and rows[1]["test accuracy %"] == "90.00"
-    assert noise[1][2] == rows[0]["test accuracy %"]
+    assert noise[1][3] == rows[0]["test accuracy %"]
 
 
 def test_a_seed_that_is_there_twice_is_told(tmp_path):
@@ -110,7 +110,7 @@ def test_published_results_stand_beside_theirs(tmp_path):
     assert published["test cross-entropy"] == "0.3368" and published["parameters"] == "444,847"
     assert published["s/epoch"] == "18.1" and published["epochs"] == published["kernels"] == "–"
     assert dict(zip(table[0], table[6]))["val accuracy %"] == "81.41"
-    assert ["m1, published", "–", *"88.58 77.44 39.95 17.44 8.98 5.49".split()] in accuracy
+    assert ["m1, published", "–", "cupy", *"88.58 77.44 39.95 17.44 8.98 5.49".split()] in accuracy
     assert [row[0] for row in f1] == ["model", "m0", "m1", "m1a"]  # which was not published
     assert "published" not in compare.tables(compare.read([write_run(tmp_path / "toy")]))
 
@@ -127,7 +127,7 @@ def test_the_published_results_are_fractions_of_known_models():
 def test_runs_from_before_noise_had_a_macro_f1(tmp_path):
     old = write_run(tmp_path / "old", noise={"0.0": 0.9, "0.5": 0.4})
     tables = cells(compare.tables(compare.read([old])))
-    assert len(tables) == 2 and tables[1] == [["model", "kernels", "0.0", "0.5"], ["m1", "plain", "90.00", "40.00"]]
+    assert len(tables) == 2 and tables[1] == [["model", "kernels", "backend", "0.0", "0.5"], ["m1", "plain", "scratch", "90.00", "40.00"]]
 
 
 def test_a_run_that_was_stopped_in_its_first_epoch(tmp_path):
@@ -195,7 +195,7 @@ def test_runs_of_train_py_are_compared(tmp_path, monkeypatch, capsys):
         "compare.md", "noise.png", "curves.png"
     }  # fmt: skip
     table, accuracy, f1 = cells(text)
-    assert [row[:3] for row in table[1:]] == [["m1", "plain", "numpy"], ["m1", "fused", "numpy"]]
+    assert [row[:3] for row in table[1:]] == [["m1", "plain", "scratch"], ["m1", "fused", "scratch"]]
     measured = json.loads((tmp_path / "fused" / "metrics.json").read_text())
     assert dict(zip(table[0], table[2]))["test accuracy %"] == f"{100 * measured['test']['accuracy']:.2f}"
     assert f1[2][2:] == [f"{100 * scores['macro_f1']:.2f}" for scores in measured["noise"].values()]
