@@ -14,7 +14,7 @@ def build_parser() -> Parser:
     add("--list", action="store_true", help="print the presets and leave")
     add("--model", default="m1", help="preset, one of those of --list (default: m1)")
     add("--backend", help="scratch (NumPy or CuPy) or torch; default: the preset's")
-    add("--fused", action="store_true", default=None, help="use the fused kernels instead of plain array code or torch's")
+    add("--fused", action="store_true", default=None, help="the fused kernels instead of plain array code or torch's")
     add("--compile", action="store_true", default=None, help="torch: let torch.compile make one graph of a step")
     add("--device", help="auto (default: the GPU where there is one), cpu or cuda")
     add("--data", help="auto (default: EMNIST, else glyphs), emnist, glyphs[:N], or a folder of IDX or .npy files")

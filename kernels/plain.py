@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from .plain_act import LEAKY_SLOPE, bias_act, bias_act_backward  # noqa: F401  (ops of this module that are in other files)
+from .plain_act import LEAKY_SLOPE, bias_act, bias_act_backward  # noqa: F401  (ops in other files)
 from .plain_batch import advance, gather_batch, shuffle  # noqa: F401
 from .plain_norm import batch_norm_stats, norm_act, norm_act_backward  # noqa: F401
 from .plain_random import array_module

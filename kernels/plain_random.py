@@ -39,7 +39,7 @@ def _units(xp, bits):
 
 
 def _words(xp, index, blocks, use, seed, draw):
-    """Philox's four words (B, blocks) of the counters (block, image, draw, use). draw: one element in an array, or None."""
+    """Philox's four words (B, blocks) of counters (block, image, draw, use). draw: an array of one element or None."""
     zero = xp.zeros((len(index), blocks), xp.uint64)
     image, block = index.astype(xp.uint64)[:, None], xp.arange(blocks, dtype=xp.uint64)
     draw = xp.uint64(0) if draw is None else draw.reshape(1).astype(xp.uint64) & xp.uint64(_LOW)

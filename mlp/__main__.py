@@ -32,7 +32,7 @@ def build_parser() -> Parser:
     add("--also", nargs="*", default=[], help="further data sets, for robustness and refinements")
     add("--seeds", type=int, default=3, help="runs of each (default: 3)")
     add("--runs", type=Path, default=Path("runs/study"), help="folder for the runs (default: runs/study)")
-    add("--out", type=Path, default=Path("runs/study/report"), help="folder for the report (default: runs/study/report)")
+    add("--out", type=Path, default=Path("runs/study/report"), help="folder of the report (default: runs/study/report)")
     return parser
 
 

@@ -48,8 +48,8 @@ class MLP:
     """Linear layers with an activation between them, on `xp` arrays, computed by `ops` and `products`.
 
     sizes: widths from the input to the classes. rows: the largest batch. seed: of the initial weights (in, out), and of
-    the dropout. plan: how the layers are computed. Whatever is computed goes through `recorder` and into buffers, so that it can be
-    recorded; what a method returns is such a buffer, valid until the next batch.
+    the dropout. plan: how the layers are computed. Whatever is computed goes through `recorder` and into buffers, so
+    that it can be recorded; what a method returns is such a buffer, valid until the next batch.
     parameters, gradients: flat arenas; weights, biases and weight_grads, bias_grads are views into them. The plan may
     pad the last layer's columns: there they are 0 and stay 0.
     norm, dropout: hidden layers normalise the product over the batch (Ioffe & Szegedy, "Batch normalization", 2015) and

@@ -25,7 +25,8 @@ GRACE_SECONDS = 30
 LOCK_SECONDS = 60.0  # how long a process waits for another's writing
 WAIT_SECONDS = 0.5
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
-WHERE = frozenset(("data", "device", "fused", "gemm", "memory_limit", "compile"))  # what does not change the outcome, but rounding
+# What does not change the outcome, but rounding.
+WHERE = frozenset(("data", "device", "fused", "gemm", "memory_limit", "compile"))
 
 warnings.filterwarnings("ignore", category=ExperimentalWarning)  # heartbeat and constant liar
 optuna.logging.set_verbosity(optuna.logging.ERROR)

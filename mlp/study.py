@@ -67,7 +67,8 @@ def run(args) -> int:
 
     folder, began = make_folder(args.out), time.perf_counter()
     sources = [args.data, *args.also]
-    parts = [plan(source, args.seeds, args.runs, models=MODELS if k == 0 else ROBUST) for k, source in enumerate(sources)]
+    rows = [MODELS, *[ROBUST] * len(args.also)]
+    parts = [plan(source, args.seeds, args.runs, names) for source, names in zip(sources, rows)]
     jobs = {job.folder: job for part in parts for job in (*part.models, *part.refinements)}
     execute(list(jobs.values()))
     write(folder, parts)
@@ -75,12 +76,15 @@ def run(args) -> int:
     return 0
 
 
-def plan(source: str, seeds: int, root: Path, models=MODELS) -> Part:
-    """The runs on the data set `source` with the seeds 0, 1, ..."""
-    rows = {name: configs.preset(MODELS[name][0], **MODELS[name][1]) for name in models}
+def plan(source: str, seeds: int, root: Path, names) -> Part:
+    """The runs of these MODELS on the data set `source` with the seeds 0, 1, ..."""
+    rows = {name: configs.preset(MODELS[name][0], **MODELS[name][1]) for name in names}
     m1 = configs.preset("m1", fused=True)
     refined = {name: replace(m1, **changes) for name, changes in REFINEMENTS.items()}
-    return Part(*([_job(*row, source, seed, root) for seed in range(seeds) for row in of.items()] for of in (rows, refined)))
+    return Part(*(
+        [_job(name, config, source, seed, root) for seed in range(seeds) for name, config in of.items()]
+        for of in (rows, refined)
+    ))  # fmt: skip
 
 
 def _job(name: str, config: Config, source: str, seed: int, root: Path) -> Job:

@@ -27,8 +27,8 @@ def write(folder: Path, parts) -> None:
         "`fused` means our kernels, in a model from scratch as in one of torch.",
         compare.tables(runs).rstrip(),
         "## Robust against plain",
-        "Test accuracy of `robust` minus that of `m3`, in points, by the standard deviation of the noise; the difference "
-        "of runs of the same seed.",
+        "Test accuracy of `robust` minus that of `m3`, in points, by the standard deviation of the noise; the "
+        "difference of runs of the same seed.",
         _robustness(models),
         "## What each refinement is worth",
         "Each alone, added to `m1` with the fused kernels: the change of validation accuracy in points, seed by seed, "
@@ -57,10 +57,11 @@ def _data(rows: dict[str, list[Run]]) -> str:
 
 
 def _origin(runs: list[Run]) -> str:
-    config, devices = runs[0].config, sorted({one.metrics["device"] for one in runs})
+    devices = sorted({one.metrics["device"] for one in runs})
     versions = {name: number for one in runs for name, number in one.config["versions"].items()}
     with_numbers = ", ".join(f"{name} {number}" for name, number in versions.items())
-    return f"{', '.join(devices)}; {with_numbers}; {time.strftime('%Y-%m-%d')}; split of seed 2024, seeds from {config['seed']} on."
+    seeds = sorted({one.config["seed"] for one in runs})
+    return f"{', '.join(devices)}; {with_numbers}; {time.strftime('%Y-%m-%d')}; seeds {', '.join(map(str, seeds))}."
 
 
 def _points(values) -> str:

@@ -141,7 +141,11 @@ class TorchLearner:
         self.averages = self._copies() if config.ema else None
         self.steps = 0
         self._totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        self._order, self._draw, self._altered = None, 0, altered_images(config)
+        self._host = data.images, data.labels
+        self._order, self._altered = None, altered_images(config)
+        self._draw = torch.zeros(1, dtype=torch.int64, device=self.device)  # the epoch, see ScratchLearner
+        if self._altered:
+            self._altered["draw"] = self._draw
 
     @property
     def parameter_count(self) -> int:
@@ -161,7 +165,8 @@ class TorchLearner:
         order = torch.from_numpy(index).to(self.device)
         if epoch is not None:
             order = plain.shuffle(order, seed=self.config.seed, epoch=epoch)
-        self._order, self._draw = order.to(torch.int32), epoch or 0
+        self._order = order.to(torch.int32)
+        self._draw.fill_(epoch or 0)
         self._totals.zero_()
 
     def train(self, start: int, stop: int, lr: float) -> None:
@@ -174,7 +179,7 @@ class TorchLearner:
         self.optimizer.zero_grad(set_to_none=True)
         for begin in range(start, stop, self.chunk_rows):
             part = self._order[begin : min(begin + self.chunk_rows, stop)]
-            x, labels = self.gather(part, draw=self._draw, **self._altered)
+            x, labels = self.gather(part, **self._altered)
             loss = self.forward_loss(x, labels)
             loss.backward(loss.new_full((), len(x) / (stop - start)))  # the chunk's share of the batch's mean
         for group in self.optimizer.param_groups:
@@ -185,20 +190,19 @@ class TorchLearner:
             decay = min(self.config.ema, (1.0 + self.steps) / (10.0 + self.steps))
             torch._foreach_lerp_(self.averages, self._states(), 1.0 - decay)
 
-    def gather(self, index, *, draw: int = 0, **altered):
+    def gather(self, index, *, draw=None, **altered):
         """The images and labels at `index` (B,): float32 (B, 784) and integers (B,). draw, altered: see
         kernels.gather_batch."""
+        seed = self.config.seed
         if self.config.fused:
-            number = torch.tensor([draw], device=self.device)
-            return kernels.gather_batch(
-                self.images, self.labels, index, seed=self.config.seed, draw=number, **altered
-            )
+            return kernels.gather_batch(self.images, self.labels, index, seed=seed, draw=draw, **altered)
         labels = self.labels.index_select(0, index)
         if not altered:
             # On a CPU images[index] takes 15 times as long as index_select, and uint8 * float 7 times as long as this.
             return self.images.index_select(0, index).to(torch.float32).mul_(1.0 / 255.0), labels
-        host = (array.cpu().numpy() for array in (self.images, self.labels, index))  # as in our own learners, on the CPU
-        x, _ = plain.gather_batch(*host, seed=self.config.seed, draw=np.array([draw]), **altered)
+        # As in our own learners, on the CPU.
+        draw = None if draw is None else draw.cpu().numpy()
+        x, _ = plain.gather_batch(*self._host, index.cpu().numpy(), seed=seed, draw=draw, **altered)
         return torch.from_numpy(x).to(self.device), labels
 
     def _forward_loss(self, x, labels):

@@ -34,7 +34,8 @@ PUBLISHED = {
 DEFAULTS = dict(
     activation="relu", batch_size=512, schedule="constant", momentum=0.0, beta1=0.9, beta2=0.999, eps=1e-8,
     l2=0.0, decoupled=False, batch_norm=False, dropout=0.0, backend="scratch", warmup=0, label_smoothing=0.0,
-    class_balance=0.0, ema=0.0, train_noise=0.0, augment=0.0, compile=False, epochs=30, patience=None, seed=0, data="auto", device="auto", fused=False,
+    class_balance=0.0, ema=0.0, train_noise=0.0, augment=0.0, compile=False, epochs=30,
+    patience=None, seed=0, data="auto", device="auto", fused=False,
     precision="fp32", gemm="auto", memory_limit=None,
 )  # fmt: skip
 PARAMETERS = {"m1": 444_847, "m1g": 444_847, "m1h": 445_157}

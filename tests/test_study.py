@@ -43,7 +43,8 @@ def studied(place):
     patch = pytest.MonkeyPatch()
     patch.chdir(place)
     rows = {name: (model, {**SMALL, **changes}) for name, (model, changes) in study.MODELS.items()}
-    patch.setattr(study, "MODELS", {name: rows[name] for name in ("m1 fused", "m3", "m3 from scratch, fused", "robust fused")})
+    names = ("m1 fused", "m3", "m3 from scratch, fused", "robust fused")
+    patch.setattr(study, "MODELS", {name: rows[name] for name in names})
     patch.setattr(study, "REFINEMENTS", {"none": dict(SMALL), "average of parameters 0.9": SMALL | dict(ema=0.9)})
     patch.setenv("OPENBLAS_NUM_THREADS", "1")
     arguments = ["study", "--data", "one", "--also", "two", "--seeds", "2", "--runs", "runs", "--out", "report"]
@@ -113,7 +114,8 @@ def test_an_interrupted_run_is_set_aside_and_run_again(place, monkeypatch, tmp_p
 
 def test_a_folder_of_another_configuration_is_refused_and_left(place, monkeypatch, tmp_path):
     monkeypatch.chdir(place)
-    assert train("--model", "m1", "--hidden", 8, "--epochs", 1, "--data", "one", "--out", tmp_path / "run", cwd=place).returncode == 0
+    arguments = ("--model", "m1", "--hidden", 8, "--epochs", 1, "--data", "one", "--out", tmp_path / "run")
+    assert train(*arguments, cwd=place).returncode == 0
     before = (tmp_path / "run" / "metrics.json").read_bytes()
     with pytest.raises(InputError, match="holds a run of another configuration; move it away or give another --runs"):
         study.execute([_job(tmp_path / "run", lr=0.5)])
