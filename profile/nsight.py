@@ -39,8 +39,8 @@ NAMES = {"nsys": "Nsight Systems", "ncu": "Nsight Compute"}
 CUDA_BIN, OPT = Path("/usr/local/cuda/bin"), Path("/opt/nvidia")  # where NVIDIA's installers put them
 IN_OPT = {"nsys": ("nsight-*/*/bin/nsys", "nsight-*/*/host/target-linux-*/nsys"), "ncu": ("nsight-*/*/ncu",)}
 OURS = (  # the kernels of kernels/src/module.cu
-    "regex:^(bias_act_[a-z_]+|softmax_xent_[0-9]+|adam|sgd|average|gather(_augmented)?|shuffle|advance|to_bfloat16"
-    "|gemm_(forward|input_gradient|weight_gradient)_[a-z0-9_]+)$"
+    "regex:^((bias|norm)_act_[a-z_]+|batch_norm_stats|norm_input_gradient|softmax_xent_[0-9]+|adam|sgd|average"
+    "|gather(_augmented)?|shuffle|advance|to_bfloat16|gemm_(forward|input_gradient|weight_gradient)_[a-z0-9_]+)$"
 )
 CONTENDERS = {  # what differs from the preset
     "plain": {}, "fused": {"fused": True}, "own": {"fused": True, "gemm": "own", "precision": "tf32"}, "torch": {},

@@ -23,7 +23,7 @@ def _missing_gpu() -> str:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--every-case", action="store_true", help="all cases under the sanitizers (minutes)")
+    parser.addoption("--every-case", action="store_true", help="all cases under the sanitizers, and nvcc (minutes)")
 
 
 @pytest.fixture

@@ -19,6 +19,12 @@ needs_cmake = pytest.mark.skipif(not resources.cmake(), reason="CMake is not ins
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on the PATH: no CUDA toolkit")
 
 
+def skip_minutes(every_case):
+    """nvcc takes minutes, and NVRTC compiles the same sources in test_budget.py."""
+    if not every_case:
+        pytest.skip("nvcc takes minutes: give --every-case")
+
+
 # A compiler that knows two architectures and whose machine code is the text of the sources. As the real one,
 # it takes its time: where `edit_meanwhile` lies beside it, somebody edits a header before it is done.
 _STAND_IN = """#!/bin/sh
@@ -30,10 +36,12 @@ if [ -e "${0%/*}/edit_meanwhile" ]; then echo '// edited meanwhile' >> "$(cat "$
 
 
 @pytest.fixture(params=["stand-in", pytest.param("nvcc", marks=needs_nvcc)])
-def build(request, cupy, tmp_path):
+def build(request, cupy, tmp_path, every_case):
     """A function that builds the fatbin of the copy in tmp_path through CMake, by a stand-in and by nvcc."""
     nvcc = shutil.which("nvcc")
-    if request.param == "stand-in":
+    if request.param == "nvcc":
+        skip_minutes(every_case)
+    else:
         nvcc = tmp_path / "nvcc"
         nvcc.write_text(_STAND_IN)
         nvcc.chmod(0o755)
@@ -103,7 +111,8 @@ def _images(fatbin: bytes) -> dict:
 
 @needs_cmake
 @needs_nvcc
-def test_nvcc_compiles_every_kernel_for_every_architecture_within_budget(tmp_path):
+def test_nvcc_compiles_every_kernel_for_every_architecture_within_budget(every_case, tmp_path):
+    skip_minutes(every_case)
     log = resources.nvcc_log(tmp_path)
     assert resources.warnings(log) == ""
     built = json.loads((tmp_path / "module.fatbin.json").read_text())

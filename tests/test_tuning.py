@@ -303,7 +303,7 @@ def test_explain_lists_every_call(batch):
             assert f"{call.phase:17} {call.function.__name__}" in text
     assert "memory: " in text and "layer3: forward separate; weight separate; input separate" in text
     assert "executed one after another" in text and "beside" not in text
-    assert ("update after the last chunk: 2 calls" in text) == (batch == "full")
+    assert ("update after the last chunk: 1 calls" in text) == (batch == "full")
 
 
 def test_explain_shows_what_was_measured():
