@@ -61,8 +61,10 @@ def _relu(replace):
     return Mutation("kernels/src/bias_act.cuh", "", "0.0f > u ? 0.0f : u", replace, "", ONE_TEST, "simt")
 
 
-def test_verdicts(tmp_path):
+def test_verdicts(every_case, tmp_path):
     """On a copy without a mutation the test passes, so that it does not fail for another reason with one."""
+    if not every_case:
+        pytest.skip("builds for minutes: give --every-case")
     tree = mutations.Tree(tmp_path)
     tree.build("simt")
     tree.test([ONE_TEST], "fused-simt-relu")
