@@ -8,8 +8,6 @@
 #pragma once
 #include "random.cuh"
 
-constexpr unsigned FOR_DROPOUT = 3;  // beside the uses in random.cuh
-
 struct Dropout {
   unsigned threshold;  // 0: no dropout
   float scale;         // 1 / (1 - p)
@@ -23,27 +21,33 @@ struct Dropout {
     const float x = pointer ? *pointer : number;
     return x > 0.0f ? (unsigned)(x < 4294967040.0f ? x : 4294967040.0f) : 0u;
   }
+  DEVICE unsigned use() const { return FOR_DROPOUT + 256u * layer; }
+  DEVICE float factor(unsigned word) const { return word >= threshold ? scale : 0.0f; }
 };
+
+#ifdef __CUDACC__
 
 // What act(u) is multiplied by in 4 columns of row b: NaN stays NaN, dropped or not.
 DEVICE Pack<4> dropout_factors(const Dropout& d, unsigned step, unsigned b, unsigned quad) {
-  unsigned c[4] = {quad, d.row + b, step, FOR_DROPOUT + 256u * d.layer};
+  unsigned c[4] = {quad, d.row + b, step, d.use()};
   philox4x32(c, not_hoisted(d.seed_low), not_hoisted(d.seed_high));
   Pack<4> factors;
-  UNROLL for (int k = 0; k < 4; ++k) factors[k] = c[k] >= d.threshold ? d.scale : 0.0f;
+  UNROLL for (int k = 0; k < 4; ++k) factors[k] = d.factor(c[k]);
   return factors;
 }
 
 DEVICE float factor_of(const Pack<4>& x, int k) { return k & 2 ? (k & 1 ? x[3] : x[2]) : (k & 1 ? x[1] : x[0]); }
 
-#ifndef __CUDACC__
+#else
 
-// The factors of 4 `quads` columns of row b: a loop that vectorises, once for all activations.
+// The factors of 4 `quads` columns of row b, for quads <= PHILOX_MANY: loops that vectorise, once for all activations.
 __attribute__((noinline)) inline void dropout_row(const Dropout& dropout, unsigned b, unsigned first_quad, int quads,
                                                   float* factors) {
   const Dropout d = dropout;  // which no store to the factors can change
-  const unsigned step = d.step();
-  INDEPENDENT for (int q = 0; q < quads; ++q) store(factors + 4 * q, dropout_factors(d, step, b, first_quad + q));
+  unsigned word[4][PHILOX_MANY];
+  philox4x32_many(word, first_quad, quads, d.row + b, d.step(), d.use(), d.seed_low, d.seed_high);
+  INDEPENDENT for (int q = 0; q < quads; ++q)
+    for (int k = 0; k < 4; ++k) factors[4 * q + k] = d.factor(word[k][q]);
 }
 
 #endif

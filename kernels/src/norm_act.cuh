@@ -198,6 +198,7 @@ DEVICE PreparedColumns prepare_columns(const Norm& norm, const float* bias, inde
 // f(i, j, factor) for one worker's elements, in blocks of columns whose factors come first.
 template <class F> DEVICE void for_each_with_factor(Rows rows, const Dropout& dropout, F f) {
   constexpr index_t COLUMNS = 512;
+  static_assert(COLUMNS <= 4 * PHILOX_MANY);  // what dropout_row takes
   float factors[COLUMNS];
   for (float& factor : factors) factor = 1.0f;
   for (index_t b = rows.begin; b < rows.end; ++b) {

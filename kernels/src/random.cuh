@@ -8,7 +8,7 @@
 #pragma once
 #include "common.cuh"
 
-constexpr unsigned FOR_NOISE = 0, FOR_SHUFFLE = 1, FOR_AUGMENT = 2;
+constexpr unsigned FOR_NOISE = 0, FOR_SHUFFLE = 1, FOR_AUGMENT = 2, FOR_DROPOUT = 3;
 
 struct Normals { float v[4]; };
 

@@ -110,9 +110,6 @@ DEVICE float logarithm(float x) {
   return m + p + 0.693359375f * n;
 }
 DEVICE float inverse_root(float x) { return 1.0f / std::sqrt(x); }
-DEVICE unsigned not_hoisted(unsigned x) { return x; }
-DEVICE float cosine_of_turns(float x) { return std::cos(6.2831853071795865f * x); }
-DEVICE float sine_of_turns(float x) { return std::sin(6.2831853071795865f * x); }
 
 // One worker on one row of C columns: f(0, j) for each. The reductions keep LANES partial results, as a
 // SIMD register does, and add them as a tree; an ordinary running sum would forbid vectorising.
