@@ -17,8 +17,8 @@ from .arguments import (
     check_whole,
     one_element,
 )
+from .dispatch import backend_of, output
 from .interop import accepts_torch
-from .ops import _backend, _output
 
 
 class Augment(NamedTuple):
@@ -66,7 +66,7 @@ def gather_batch(
     runs, of which the low 32 bits count; None is 0. numbers: int32 (M,), what counts as the images' indices then,
     where they are a part of a data set.
     """
-    backend = _backend("images", images)
+    backend = backend_of("images", images)
     check("images", images, images, UINT8, None, None)
     M, D = images.shape
     if D < 1:
@@ -85,8 +85,8 @@ def gather_batch(
     check_number("scale", scale)
     check_number("noise_sigma", noise_sigma, 0.0)
     check_whole("seed", seed, 0, 2**64)
-    out_x = _output(backend, "out_x", out_x, images, FLOAT32, B, D)
-    out_y = _output(backend, "out_y", out_y, images, INT32, B)
+    out_x = output(backend, "out_x", out_x, images, FLOAT32, B, D)
+    out_y = output(backend, "out_y", out_y, images, INT32, B)
     if augment is not None:
         augment = augment._replace(rotation=math.radians(augment.rotation))
     backend.gather_batch(
@@ -121,7 +121,7 @@ def advance(offset, by, step=None):
     In one launch, so that a captured training step moves on by itself: the offset is gather_batch's and the step
     adam_step's, which counts exactly up to 2^24. Returns None.
     """
-    backend = _backend("offset", offset)
+    backend = backend_of("offset", offset)
     check_output("offset", offset, offset, INT64, *one_element(offset))
     check_whole("by", by, 0, 2**63)
     if step is not None:
@@ -137,7 +137,7 @@ def shuffle(index, *, seed=0, epoch=0, out=None):
     must not share memory with index. A Feistel network with cycle walking permutes the positions (see
     src/shuffle.cuh; after Mitchell et al., "Bandwidth-optimal random shuffling for GPUs", 2021).
     """
-    backend = _backend("index", index)
+    backend = backend_of("index", index)
     check("index", index, index, INT32, None)
     if index.size > 2**31:
         raise ValueError(f"index must have at most 2^31 elements, got {index.size}")
@@ -145,6 +145,6 @@ def shuffle(index, *, seed=0, epoch=0, out=None):
     check_whole("epoch", epoch, 0, 2**32)
     if out is index:
         raise ValueError("out must not be index, which is read in another order; pass another array")
-    out = _output(backend, "out", out, index, INT32, index.size)
+    out = output(backend, "out", out, index, INT32, index.size)
     backend.shuffle(index, out, int(seed), int(epoch))
     return out

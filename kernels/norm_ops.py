@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 from .arguments import FLOAT32, check, check_activation, check_number, check_output, check_scalar, check_whole
+from .dispatch import backend_of, output
 from .interop import accepts_torch
-from .ops import _backend, _output
 from .plain_norm import dropout_threshold
 
 
@@ -38,14 +38,14 @@ def batch_norm_stats(z, *, mean=None, var=None, running_mean=None, running_var=N
     statistics NaN, and an infinity makes them infinite or NaN.
     Welford's algorithm (1962), parts merged as by Chan et al. (1979) in an order that depends on the shape alone.
     """
-    backend = _backend("z", z)
+    backend = backend_of("z", z)
     check("z", z, z, FLOAT32, None, None)
     N = z.shape[1]
     check_number("momentum", momentum, 0.0)
     if momentum > 1.0:
         raise ValueError(f"momentum must be at most 1, got {momentum!r}")
-    mean = _output(backend, "mean", mean, z, FLOAT32, N)
-    var = _output(backend, "var", var, z, FLOAT32, N)
+    mean = output(backend, "mean", mean, z, FLOAT32, N)
+    var = output(backend, "var", var, z, FLOAT32, N)
     _check_together(running_mean=running_mean, running_var=running_var)
     if running_mean is not None:
         check_output("running_mean", running_mean, z, FLOAT32, N)
@@ -69,9 +69,9 @@ def norm_act(
     (Philox4x32-10, Salmon et al. 2011). step: a number from 0 on, or a float32 array of one element beside z, which is
     read when the kernel runs; it counts exactly up to 2^24. NaN stays NaN, dropped or not. See kernels.bias_act.
     """
-    backend = _backend("z", z)
+    backend = backend_of("z", z)
     norm, settings = _settings(z, bias, activation, Norm(mean, var, weight, eps), dropout, seed, layer, step, row)
-    out = _output(backend, "out", out, z, FLOAT32, *z.shape)
+    out = output(backend, "out", out, z, FLOAT32, *z.shape)
     backend.norm_act(z, bias, activation, norm, settings, out)
     return out
 
@@ -87,7 +87,7 @@ def norm_act_backward(
     through them, too, as torch.nn.BatchNorm1d's in training. Otherwise there is no weight, and dweight is None. Sums
     are added in a fixed order. The dropout mask is computed again. `out` may be dy, and z is left as it is.
     """
-    backend = _backend("dy", dy)
+    backend = backend_of("dy", dy)
     check("dy", dy, dy, FLOAT32, None, None)
     check("z", z, dy, FLOAT32, *dy.shape)
     norm, settings = _settings(z, bias, activation, Norm(mean, var, weight, eps), dropout, seed, layer, step, row)
@@ -96,10 +96,10 @@ def norm_act_backward(
     if mean is None and weight_grad is not None:
         raise ValueError("weight_grad must be None where mean, var and weight are: there is no weight then")
     N = dy.shape[1]
-    out = _output(backend, "out", out, dy, FLOAT32, *dy.shape)
-    bias_grad = _output(backend, "bias_grad", bias_grad, dy, FLOAT32, N)
+    out = output(backend, "out", out, dy, FLOAT32, *dy.shape)
+    bias_grad = output(backend, "bias_grad", bias_grad, dy, FLOAT32, N)
     if mean is not None:
-        weight_grad = _output(backend, "weight_grad", weight_grad, dy, FLOAT32, N)
+        weight_grad = output(backend, "weight_grad", weight_grad, dy, FLOAT32, N)
     backend.norm_act_backward(dy, z, bias, activation, norm, settings, out, bias_grad, weight_grad)
     return out, bias_grad, weight_grad
 

@@ -8,10 +8,7 @@ name the argument and what was expected. BackendError says that the compiled ker
 Letters: B rows of the batch, N columns or elements, C classes, P parameters. Ops on data sets are in batch_ops.py.
 """
 
-import functools
 import math
-
-import numpy as np
 
 from .arguments import (
     FLOAT32,
@@ -25,36 +22,9 @@ from .arguments import (
     check_output,
     check_scalar,
     check_whole,
-    is_cupy,
 )
+from .dispatch import backend_of, output
 from .interop import accepts_torch
-
-
-@functools.cache
-def _host():
-    from . import host
-
-    return host
-
-
-def _backend(name, array):
-    """What holds the compiled ops for this kind of array."""
-    if isinstance(array, np.ndarray):
-        return _host()
-    if is_cupy(array):
-        from . import cuda
-
-        cuda.check_device(name, array)
-        return cuda.ops
-    raise TypeError(f"{name} must be a NumPy, CuPy or torch array, got {type(array).__name__}")
-
-
-def _output(backend, name, array, like, dtype, *shape):
-    """The array to write a result into: the caller's, checked, or a new one."""
-    if array is None:
-        return backend.empty(shape, dtype)
-    check_output(name, array, like, dtype, *shape)
-    return array
 
 
 @accepts_torch
@@ -64,11 +34,11 @@ def bias_act(z, bias, activation="relu", out=None):
     activation: identity, relu, leaky_relu (slope 0.01), silu, gelu (erf) or gelu_tanh (tanh approximation),
     as in torch.nn.functional.
     """
-    backend = _backend("z", z)
+    backend = backend_of("z", z)
     check("z", z, z, FLOAT32, None, None)
     check("bias", bias, z, FLOAT32, z.shape[1])
     check_activation(activation)
-    out = _output(backend, "out", out, z, FLOAT32, *z.shape)
+    out = output(backend, "out", out, z, FLOAT32, *z.shape)
     backend.bias_act(z, bias, activation, out)
     return out
 
@@ -80,14 +50,14 @@ def bias_act_backward(dy, saved, activation="relu", bias=None, out=None, bias_gr
     saved: the pre-activation z + bias, or z where `bias` (N,) is given too; for relu, leaky_relu and identity
     bias_act's output serves as well. dbias = dz.sum(0), added in a fixed order. `out` may be dy.
     """
-    backend = _backend("dy", dy)
+    backend = backend_of("dy", dy)
     check("dy", dy, dy, FLOAT32, None, None)
     check("saved", saved, dy, FLOAT32, *dy.shape)
     check_activation(activation)
     if bias is not None:
         check("bias", bias, dy, FLOAT32, dy.shape[1])
-    out = _output(backend, "out", out, dy, FLOAT32, *dy.shape)
-    bias_grad = _output(backend, "bias_grad", bias_grad, dy, FLOAT32, dy.shape[1])
+    out = output(backend, "out", out, dy, FLOAT32, *dy.shape)
+    bias_grad = output(backend, "bias_grad", bias_grad, dy, FLOAT32, dy.shape[1])
     backend.bias_act_backward(dy, saved, bias, activation, out, bias_grad)
     return out, bias_grad
 
@@ -111,7 +81,7 @@ def softmax_cross_entropy(
     largest logit, NaN passed over, or class 0 where all logits are NaN.
     classes: C, by default N. The columns from C on are padding: never read, and 0 in dlogits.
     """
-    backend = _backend("logits", logits)
+    backend = backend_of("logits", logits)
     check("logits", logits, logits, FLOAT32, None, None)
     B, N = logits.shape
     if N < 1:
@@ -130,7 +100,7 @@ def softmax_cross_entropy(
     check_number("label_smoothing", label_smoothing, 0.0, 1.0)
     if class_weights is not None:
         check("class_weights", class_weights, logits, FLOAT32, C)
-    out = _output(backend, "out", out, logits, FLOAT32, B, N)
+    out = output(backend, "out", out, logits, FLOAT32, B, N)
     if totals is not None:
         check_output("totals", totals, logits, FLOAT64, 2)
     if confusion is not None:
@@ -150,7 +120,7 @@ def adam_step(p, g, m, v, *, step, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_
     torch.optim.AdamW: p shrinks by lr * weight_decay. step counts from 1; step and lr may also be float32
     arrays of one element on the device of p. Returns None.
     """
-    backend = _backend("p", p)
+    backend = backend_of("p", p)
     check_output("p", p, p, FLOAT32, None)
     check("g", g, p, FLOAT32, p.size)
     check_output("m", m, p, FLOAT32, p.size)
@@ -171,7 +141,7 @@ def sgd_step(p, g, velocity=None, *, lr, momentum=0.0, weight_decay=0.0):
     velocity may be None where momentum is 0. lr may be a float32 array of one element on the device of p.
     Returns None.
     """
-    backend = _backend("p", p)
+    backend = backend_of("p", p)
     check_output("p", p, p, FLOAT32, None)
     check("g", g, p, FLOAT32, p.size)
     check_scalar("lr", lr, p, 0.0)
@@ -192,7 +162,7 @@ def average_step(average, p, *, decay, step):
     random, are soon forgotten (TensorFlow's ExponentialMovingAverage with num_updates). step counts from 1; it may
     also be a float32 array of one element on the device of p, as in adam_step. Returns None.
     """
-    backend = _backend("average", average)
+    backend = backend_of("average", average)
     check_output("average", average, average, FLOAT32, None)
     check("p", p, average, FLOAT32, average.size)
     check_number("decay", decay, 0.0, 1.0)
@@ -207,8 +177,8 @@ def to_bfloat16(x, out=None):
     NaN stays NaN, with its sign; infinities, zeros and their signs are exact, and denormals are rounded like other
     numbers. For torch, result.view(torch.bfloat16) are the numbers themselves.
     """
-    backend = _backend("x", x)
+    backend = backend_of("x", x)
     check("x", x, x, FLOAT32, *x.shape)
-    out = _output(backend, "out", out, x, UINT16, *x.shape)
+    out = output(backend, "out", out, x, UINT16, *x.shape)
     backend.to_bfloat16(x, out)
     return out
