@@ -32,7 +32,7 @@ class SimtOps:
             setattr(self, name, functools.partial(self._call, getattr(kernels, name)))
 
     def _call(self, op, *args, **settings):
-        with mock.patch.object(kernels.ops, "_host", lambda: self.device.ops):
+        with mock.patch.object(kernels.dispatch, "_host", lambda: self.device.ops):
             return op(*args, **settings)
 
 
