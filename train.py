@@ -13,6 +13,7 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--list", action="store_true", help="print the presets and leave")
     add("--model", default="m1", help="preset, one of those of --list (default: m1)")
+    add("--config", type=Path, help="file of fields that replace the preset's, as a search's best.json; flags go first")
     add("--backend", help="scratch (NumPy or CuPy) or torch; default: the preset's")
     add("--fused", action="store_true", default=None, help="the fused kernels instead of plain array code or torch's")
     add("--compile", action="store_true", default=None, help="torch: let torch.compile make one graph of a step")
@@ -26,11 +27,6 @@ def build_parser() -> Parser:
     add("--nvtx", action="store_true", help="mark the phases for Nsight Systems")
     add("--out", type=Path, help="folder for the results (default: a new one under runs/)")
     change = parser.add_argument_group("what to change in the preset").add_argument
-    add("--config", type=Path, help="file of fields that replace the preset's, as a search's best.json; flags go first")
-    find = parser.add_argument_group("a search; what flags and --config decide is not searched").add_argument
-    find("--search", type=int, metavar="N", help="try configurations around the preset until N trials are finished")
-    find("--study", type=Path, help="SQLite file of the trials, begun or gone on with (default: one under runs/)")
-    find("--jobs", type=int, help="processes that search at once (default: 1)")
     change("--epochs", type=int, help="at most so many passes over the training images")
     change("--batch-size", type=flags.parse_batch_size, help="images per step, or 'full': exact full-batch descent")
     change("--lr", type=float, help="learning rate of the first epoch, for a loss that is the mean over the batch")
@@ -53,6 +49,10 @@ def build_parser() -> Parser:
     change("--augment", type=float, nargs="?", const=1.0, help="random affine maps of training images (strength 1)")
     change("--patience", type=int, help="stop after so many epochs without a lower validation loss")
     change("--seed", type=int, help="of the weights, the batches and the noise")
+    find = parser.add_argument_group("a search; what flags and --config decide is not searched").add_argument
+    find("--search", type=int, metavar="N", help="try configurations around the preset until N trials are finished")
+    find("--study", type=Path, help="SQLite file of the trials, begun or gone on with (default: one under runs/)")
+    find("--jobs", type=int, help="processes that search at once (default: 1)")
     return parser
 
 

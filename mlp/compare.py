@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .cli import file_name, make_folder
+from .files import file_name, make_folder
 from .plots import new_figure, save
 from .results import Row, Run, Section, read, sections, spread
 

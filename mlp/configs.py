@@ -101,6 +101,10 @@ class Config:
         elif self.compile:
             raise InputError("--compile belongs to --backend torch; give that, too, or leave it out")
 
+    def batch_of(self, train_rows: int) -> int:
+        """Rows per step where train_rows are trained on."""
+        return train_rows if self.batch_size == FULL else min(self.batch_size, train_rows)
+
 
 def _one_of(flag, value, allowed):
     if value not in allowed:

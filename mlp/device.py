@@ -57,13 +57,18 @@ def select(kind: str, fused: bool) -> Device:
             if kind == "cuda":
                 raise InputError(f"--device cuda is not possible: {error}") from None
     if fused:
-        from kernels import host
-
-        try:
-            host.check()
-        except BackendError as error:
-            raise InputError(f"--fused is not possible: {error}") from None
+        check_kernels("cpu")
     return Device("cpu", cpu_name(), np, kernels if fused else plain, chunk_rows=2048)
+
+
+def check_kernels(kind: str) -> None:
+    """InputError unless our kernels can be used on a device of this kind."""
+    from kernels import cuda, host
+
+    try:
+        (cuda if kind == "cuda" else host).check()
+    except BackendError as error:
+        raise InputError(f"--fused is not possible: {error}") from None
 
 
 def _gpu(fused: bool) -> Device:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from . import data
-from .cli import file_name, make_folder
+from .files import file_name, make_folder
 from .plots import new_figure, save
 
 PARTS = ("train", "val", "test")

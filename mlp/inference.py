@@ -11,8 +11,6 @@ from .checkpoint import Checkpoint
 from .configs import Config
 from .data import PIXELS
 
-NORM_EPS = 1e-5  # of batch normalisation, as in torch.nn.BatchNorm1d
-
 
 def logits(arrays: dict[str, np.ndarray], config: Config, x: np.ndarray) -> np.ndarray:
     """x float32 (B, 784) in [0, 1] -> logits float32 (B, classes), by the arrays of a checkpoint.
@@ -23,10 +21,9 @@ def logits(arrays: dict[str, np.ndarray], config: Config, x: np.ndarray) -> np.n
     """
     layers = layer_count(arrays)
     for i in range(layers):
-        x = x @ arrays[f"weight{i}"]
-        if f"norm_weight{i}" in arrays:
-            x = (x - arrays[f"norm_mean{i}"]) * (arrays[f"norm_weight{i}"] / np.sqrt(arrays[f"norm_var{i}"] + NORM_EPS))
-        x = plain.bias_act(x, arrays[f"bias{i}"], config.activation if i < layers - 1 else "identity")
+        norm = {name: arrays[f"norm_{name}{i}"] for name in ("mean", "var", "weight") if f"norm_weight{i}" in arrays}
+        activation = config.activation if i < layers - 1 else "identity"
+        x = plain.norm_act(x @ arrays[f"weight{i}"], arrays[f"bias{i}"], activation, **norm)
     return x
 
 

@@ -44,7 +44,7 @@ def training(path: Path, rows: list[EpochRow], best_epoch: int, title: str) -> N
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def confusion(path: Path, matrix: np.ndarray, class_names: tuple[str, ...], title: str) -> None:
@@ -63,7 +63,7 @@ def confusion(path: Path, matrix: np.ndarray, class_names: tuple[str, ...], titl
     axes.set_ylabel("label")
     axes.set_title(title, fontsize=10)
     figure.colorbar(image, label="% of the label's images", shrink=0.8)
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def noise(path: Path, by_sigma: dict[float, Evaluation], classes: int, title: str) -> None:
@@ -80,7 +80,7 @@ def noise(path: Path, by_sigma: dict[float, Evaluation], classes: int, title: st
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def search_history(path: Path, points: list[tuple[int, float, bool]], title: str) -> None:
@@ -103,7 +103,7 @@ def search_history(path: Path, points: list[tuple[int, float, bool]], title: str
     axes.grid(alpha=0.3)
     if points:
         axes.legend()
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def importance(path: Path, shares: dict[str, float], title: str) -> None:
@@ -117,4 +117,4 @@ def importance(path: Path, shares: dict[str, float], title: str) -> None:
     axes.set_xlabel("importance (% of all, by PED-ANOVA)")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3, axis="x")
-    figure.savefig(path, dpi=120)
+    save(figure, path)

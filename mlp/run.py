@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from . import InputError, checkpoint, data, plots, products, ranges, tuning
-from .cli import file_name, make_folder
 from .configs import Config, describe
 from .device import select
 from .evaluate import NOISE_SIGMA, Evaluation
 from .explain import explain as explain_step
+from .files import file_name, make_folder
 from .loop import EpochRow, History, Reporter, fit
 from .scratch import ScratchLearner
 
@@ -111,7 +111,7 @@ def make_learner(config: Config, dataset: data.Dataset, device, train_rows: int,
         return _torch_models().TorchLearner(config, dataset, device.kind, train_rows), {}
     chosen = products.select(config, device)
     sizes = (dataset.images.shape[1], *config.hidden, len(dataset.class_names))
-    batch = ScratchLearner.batch_of(config, train_rows)
+    batch = config.batch_of(train_rows)
     plan, entry = tuning.plan(config, device, chosen, sizes, min(batch, device.chunk_rows), tune)
     return ScratchLearner(config, dataset, device, train_rows, chosen, plan), entry
 

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 from . import InputError, forms, memory
-from .configs import FULL, Config
+from .configs import Config
 from .data import Dataset
 from .device import Device
 from .evaluate import Evaluation
@@ -34,7 +34,7 @@ class ScratchLearner:
     def __init__(self, config: Config, data: Dataset, device: Device, train_rows: int, products=None, plan=None):
         """products, plan: which matrix products, and in which forms; default: products.select()'s, not tuned."""
         self.config, self.device, self.classes = config, device, len(data.class_names)
-        self.batch_size = self.batch_of(config, train_rows)
+        self.batch_size = config.batch_of(train_rows)
         self.sizes = (data.images.shape[1], *config.hidden, self.classes)
         self.products = products or select(config, device)
         workspace = self.products.workspace_bytes
@@ -48,11 +48,6 @@ class ScratchLearner:
             self._allocate(data, plan or forms.default(len(self.sizes) - 1, own=self.products.library is None))
         except MemoryError as error:  # CuPy's OutOfMemoryError is one too
             raise InputError(f"the data and the model do not fit into the memory of {device.name}: {error}") from None
-
-    @staticmethod
-    def batch_of(config: Config, train_rows: int) -> int:
-        """Rows per step where train_rows are trained on."""
-        return train_rows if config.batch_size == FULL else min(config.batch_size, train_rows)
 
     def _check_norm(self, train_rows):
         if self.config.batch_norm and self.batch_size > self.budget.rows:

@@ -10,7 +10,6 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
-import re
 import signal
 import sys
 from collections.abc import Collection
@@ -21,9 +20,10 @@ import optuna
 
 from . import InputError, data
 from .configs import Config
+from .files import file_name, make_folder
 from .loop import Reporter, fit
 from .run import make_learner, select_device
-from .search_results import Progress, make_folder, write
+from .search_results import Progress, write
 from .search_space import Space
 from .search_study import WAIT_SECONDS, add_trials, finished, open_study
 
@@ -111,8 +111,7 @@ def run(config: Config, given: Collection[str], *, search: int | None = None, st
     objective = Objective(space, dataset)
     make_learner(config, dataset, objective.device, len(objective.split.train))  # what is not possible shows now
     objective.free()
-    name = re.sub("[^A-Za-z0-9._-]+", "-", dataset.name)
-    file = study or Path("runs") / f"search-{config.model}-{name}.db"
+    file = study or Path("runs") / f"search-{config.model}-{file_name(dataset.name)}.db"
     out = out or file.with_name(f"{file.stem}-results")
     opened = open_study(file, space, dataset)
     make_folder(out)

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import warnings
 from pathlib import Path
 
@@ -11,8 +10,9 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
-from . import InputError, plots
+from . import plots
 from .data import Dataset
+from .files import replace_text
 from .search_space import Space, as_flags
 from .search_study import WHERE, finished
 
@@ -81,24 +81,13 @@ def last_accuracy(trial: FrozenTrial) -> float | None:
     return trial.intermediate_values[max(trial.intermediate_values)] if trial.intermediate_values else None
 
 
-def make_folder(folder: Path) -> None:
-    """Create the folder for the results and see that it can be written: InputError if not."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"--out {folder} cannot be written ({error.strerror}); give another folder") from None
-
-
 def write(folder: Path, study: optuna.Study, space: Space, dataset: Dataset) -> FrozenTrial | None:
     """best.json, trials.csv, history.png and importance.png, each as far as there are trials for it, and a summary on
     the terminal. Returns the best trial, None where none is complete."""
     trials = study.get_trials(deepcopy=False)
     done, top = finished(study), best(trials)
     title = f"{space.base.model} on {dataset.name}"
-    _replace(folder / "trials.csv", _table(trials))
+    replace_text(folder / "trials.csv", _table(trials))
     if done:
         points = [(t.number, last_accuracy(t), t.state == TrialState.COMPLETE) for t in done]
         plots.search_history(folder / "history.png", [p for p in points if p[1] is not None], f"search of {title}")
@@ -111,7 +100,7 @@ def write(folder: Path, study: optuna.Study, space: Space, dataset: Dataset) -> 
     if top:
         about = {"trial": top.number, "val_accuracy": top.value, "data": dataset.name, "data_sha256": dataset.checksum}
         text = json.dumps({"config": recipe(space, top.user_attrs["fields"]), **about}, indent=2)
-        _replace(folder / "best.json", text + "\n")
+        replace_text(folder / "best.json", text + "\n")
     _print_summary(done, top, space, folder)
     return top
 
@@ -167,10 +156,3 @@ def _print_summary(done: list[FrozenTrial], top: FrozenTrial | None, space: Spac
         print(f"  {as_flags(top.user_attrs['fields'])}")
         fused = " --fused" if space.base.fused else ""
         print(f"results in {folder}; to train it: python train.py --model {space.base.model}{fused} --config {config}")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write `path` whole or not at all: processes that share a study may end at the same time."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    temporary.write_text(text, newline="")
-    os.replace(temporary, path)

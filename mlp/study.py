@@ -6,16 +6,15 @@ run is not run again: a study that was interrupted goes on where it was.
 
 import json
 import multiprocessing
-import re
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from . import InputError, configs
-from .cli import make_folder
+from . import InputError, configs, study_report
 from .configs import Config
+from .files import file_name, make_folder
 
 # What is trained, by name: a preset, and what is changed in it. On further data sets only those of ROBUST.
 MODELS = {
@@ -33,7 +32,7 @@ MODELS = {
 ROBUST = ("m3", "robust fused")
 # What each refinement is worth to m1, alone.
 REFINEMENTS = {
-    "none": {},
+    study_report.BASE: {},
     "label smoothing 0.1": dict(label_smoothing=0.1),
     "cosine schedule, warm-up": dict(schedule="cosine", warmup=1, patience=None),
     "decoupled weight decay 0.05": dict(l2=0.05, decoupled=True),
@@ -63,15 +62,15 @@ class Part:
 
 def run(args) -> int:
     """Execute what has not been, and write report.md with its plots and results.json into --out."""
-    from .study_report import write  # only when there is something to compute
-
+    if args.seeds < 1:
+        raise InputError(f"--seeds {args.seeds} is not possible; give a whole number of at least 1")
     folder, began = make_folder(args.out), time.perf_counter()
     sources = [args.data, *args.also]
     rows = [MODELS, *[ROBUST] * len(args.also)]
     parts = [plan(source, args.seeds, args.runs, names) for source, names in zip(sources, rows)]
     jobs = {job.folder: job for part in parts for job in (*part.models, *part.refinements)}
     execute(list(jobs.values()))
-    write(folder, parts)
+    study_report.write(folder, parts)
     print(f"{len(jobs)} runs, {(time.perf_counter() - began) / 60:.1f} minutes; {folder / 'report.md'}")
     return 0
 
@@ -89,13 +88,9 @@ def plan(source: str, seeds: int, root: Path, names) -> Part:
 
 def _job(name: str, config: Config, source: str, seed: int, root: Path) -> Job:
     """The same configuration is the same folder, whatever it is a row of."""
-    run_name = "m1 fused" if name == "none" else name
-    folder = "-".join(_words(f"{run_name} {Path(source).name} seed{seed}"))
-    return Job(name, replace(config, data=source, seed=seed), root / folder)
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[A-Za-z0-9.]+", text)
+    run_name = "m1 fused" if name == study_report.BASE else name
+    folder = root / file_name(f"{run_name} {Path(source).name} seed{seed}")
+    return Job(name, replace(config, data=source, seed=seed), folder)
 
 
 def execute(jobs: list[Job]) -> None:
@@ -149,8 +144,7 @@ def _free_name(folder: Path) -> Path:
 def _train(config: Config, folder: Path, log: Path) -> None:
     from . import run
 
-    with open(log, "w", buffering=1) as file, redirect_stdout(file):
-        sys.stderr = file
+    with open(log, "w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         try:
             status = run.train(config, folder)
         except InputError as error:

@@ -19,6 +19,7 @@ def write(folder: Path, parts) -> None:
     models = [_read(part.models) for part in parts]
     refined = [_read(part.refinements) for part in parts]
     runs = [one for of in models for same in of.values() for one in same]
+    pictures = [f"![{path.stem}]({path.name})" for path in compare.plot(runs, folder)]
     gains = {_data(of): {name: _gain(same, of[BASE]) for name, same in of.items()} for of in refined}
     text = [
         "# Study of the models",
@@ -26,6 +27,7 @@ def write(folder: Path, parts) -> None:
         "Mean ± standard deviation over the seeds. Seconds per epoch are those of training, without validation. "
         "`fused` means our kernels, in a model from scratch as in one of torch.",
         compare.tables(runs).rstrip(),
+        *pictures,
         "## Robust against plain",
         "Test accuracy of `robust` minus that of `m3`, in points, by the standard deviation of the noise; the "
         "difference of runs of the same seed.",
@@ -36,8 +38,6 @@ def write(folder: Path, parts) -> None:
         _refinements(refined, gains),
         "![What each refinement is worth](refinements.png)",
     ]
-    pictures = compare.plot(runs, folder)
-    text[4:4] = [f"![{path.stem}]({path.name})" for path in pictures]
     save(_plot(gains), folder / "refinements.png")
     (folder / "report.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     numbers = [_numbers(name, one) for of in (*models, *refined) for name, same in of.items() for one in same]

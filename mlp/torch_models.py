@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 import kernels
-from kernels import BackendError, plain, torch_ops
+from kernels import plain, torch_ops
 
 from . import InputError
-from .configs import FULL, Config
+from .configs import Config
 from .data import Dataset
+from .device import check_kernels, cpu_name
 from .evaluate import Evaluation
 from .loss import altered_images, class_weights
 from .model import initial_weights
@@ -43,17 +44,8 @@ def select(kind: str, fused: bool) -> TorchDevice:
         raise InputError("torch finds no GPU; install a torch built for CUDA on a machine with one, or use the CPU")
     kind = "cuda" if kind != "cpu" and torch.cuda.is_available() else "cpu"
     if fused:
-        from kernels import cuda, host
-
-        try:
-            (cuda if kind == "cuda" else host).check()
-        except BackendError as error:
-            raise InputError(f"--fused is not possible: {error}") from None
-    if kind == "cuda":
-        return TorchDevice(kind, torch.cuda.get_device_name())
-    from .device import cpu_name
-
-    return TorchDevice(kind, cpu_name())
+        check_kernels(kind)
+    return TorchDevice(kind, torch.cuda.get_device_name() if kind == "cuda" else cpu_name())
 
 
 class FusedLinear(nn.Linear):
@@ -117,7 +109,7 @@ class TorchLearner:
     def __init__(self, config: Config, data: Dataset, kind: str, train_rows: int):
         self.config, self.classes, self.compiled = config, len(data.class_names), config.compile
         self.device = torch.device(select(kind, config.fused).kind)
-        self.batch_size = train_rows if config.batch_size == FULL else min(config.batch_size, train_rows)
+        self.batch_size = config.batch_of(train_rows)
         if config.batch_norm and 1 in (self.batch_size, train_rows % self.batch_size):
             raise InputError(
                 f"--batch-norm has no statistics of a single image, which the last batch of {train_rows:,} would be; "

@@ -17,6 +17,7 @@ import numpy as np
 from . import InputError
 from .configs import Config
 from .device import Device
+from .files import replace_text
 from .forms import EPILOGUE, KINDS, MASKED, OWN, SEPARATE, Algorithms, Form, Plan, candidates, default
 from .model import MLP
 from .products import Products
@@ -116,8 +117,8 @@ def _times(config, device, products, sizes, batch, padded, timer) -> tuple[list[
     for layer, x in enumerate(inputs):
         dz = xp.asarray(np.random.default_rng(layer).random((batch, len(model.biases[layer])), np.float32))
         read = model._factor(x), model._factor(dz)
-        for kind, options in candidates(
-                layer, layers, config.activation, products.epilogues, own, treated).items():
+        choices = candidates(layer, layers, config.activation, products.epilogues, own, treated)
+        for kind, options in choices.items():
             by = result[layer][kind] = {}
             for form, number in ((f, n) for f in options for n in range(1 if f == OWN else ALGORITHMS)):
                 forms, algorithms = (Form(**{kind: form}),) * layers, (Algorithms(**{kind: number}),) * layers
@@ -188,10 +189,8 @@ def _read() -> dict:
 
 def _write(entries: dict) -> None:
     file = cache_file()
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(entries, indent=1) + "\n")
-        os.replace(part, file)
+        replace_text(file, json.dumps(entries, indent=1) + "\n")
     except OSError as error:
         raise InputError(f"{file} cannot be written ({error.strerror}); set XDG_CACHE_HOME to another folder") from None

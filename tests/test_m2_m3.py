@@ -4,16 +4,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 import kernels
 from kernels import plain
 from mlp import InputError, configs, products
 from mlp.model import MLP, initial_weights
-from mlp.scratch import ScratchLearner
 from mlp.torch_models import TorchLearner
 
-from .training import BACKENDS, all_rows, close, cpu, easy_dataset, learner
+from .training import BACKENDS, all_rows, close, cpu, easy_dataset, graphs_of_torch, learner
 
 DATA = easy_dataset(400, 7)
 M3 = dict(model="m3", backend="scratch", hidden=(40, 24))
@@ -22,11 +20,6 @@ M3 = dict(model="m3", backend="scratch", hidden=(40, 24))
 def in_torch(data=DATA, model="m3", **changes):
     config = configs.preset(model, **changes)
     return TorchLearner(config, data, "cpu", len(data.labels))
-
-
-def ours_of(ops, chunk_rows=2048, model="m3", **changes):
-    config = configs.preset(model, **changes)
-    return ScratchLearner(config, DATA, cpu(ops, chunk_rows), len(DATA.labels))
 
 
 def losses(ours, steps, rows, data=DATA):
@@ -98,7 +91,7 @@ CHANGES = [
 def test_ours_equals_torchs_without_dropout(ops, fused, changes):
     """Every way to train M3, batch normalisation and its running statistics included."""
     changes = dict(M3) | dict(dropout=0.0) | changes
-    ours = ours_of(ops, **changes)
+    ours = learner(ops, DATA, **changes)
     theirs = in_torch(fused=fused, **changes | {"backend": "torch"})
     one, other = losses(ours, 24, 50), losses(theirs, 24, 50)
     assert (np.abs(other - one) <= 1e-4 * np.abs(one)).all() and one[-4:].mean() < 0.95 * one[:4].mean()
@@ -114,7 +107,7 @@ def test_ours_equals_torchs_without_dropout(ops, fused, changes):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dropout_is_for_training_and_both_learn_with_it(backend):
-    ours, theirs = ours_of(backend, **M3 | dict(dropout=0.4)), in_torch(hidden=M3["hidden"], dropout=0.4)
+    ours, theirs = learner(backend, DATA, **M3 | dict(dropout=0.4)), in_torch(hidden=M3["hidden"], dropout=0.4)
     one, other = losses(ours, 64, 50), losses(theirs, 64, 50)
     assert abs(one[-8:].mean() - other[-8:].mean()) <= 0.15 * other[-8:].mean()
     assert one[-8:].mean() < 0.8 * one[:8].mean()
@@ -159,7 +152,7 @@ def test_gradients_equal_finite_differences(ops, norm, dropout):
 
 def test_a_batch_in_chunks_drops_the_same_outputs():
     changes = dict(M3) | dict(batch_norm=False, dropout=0.5, batch_size=200)
-    whole, chunked = ours_of("fused", **changes), ours_of("fused", 64, **changes)
+    whole, chunked = learner("fused", DATA, **changes), learner("fused", DATA, 64, **changes)
     assert chunked.budget.rows == 64
     one, other = losses(whole, 6, 200), losses(chunked, 6, 200)
     assert (np.abs(other - one) <= 1e-5 * one).all()
@@ -168,7 +161,7 @@ def test_a_batch_in_chunks_drops_the_same_outputs():
 
 def test_batch_normalisation_needs_the_whole_batch():
     with pytest.raises(InputError, match="--batch-norm needs the whole batch at once, and of 200 .*--batch-size"):
-        ours_of("plain", 64, **M3 | dict(batch_size=200))
+        learner("plain", DATA, 64, **M3 | dict(batch_size=200))
     with pytest.raises(InputError, match="--batch-norm has no statistics of a single image.*--batch-size"):
         in_torch(batch_size=399)
 
@@ -177,7 +170,7 @@ def test_batch_normalisation_needs_the_whole_batch():
 @pytest.mark.parametrize("backend", [*BACKENDS, "torch"])
 def test_a_snapshot_brings_back_all_that_is_judged(backend, ema):
     changes = dict(M3) | dict(ema=ema)
-    ours = in_torch(**changes | {"backend": "torch"}) if backend == "torch" else ours_of(backend, **changes)
+    ours = in_torch(**changes | {"backend": "torch"}) if backend == "torch" else learner(backend, DATA, **changes)
     losses(ours, 8, 50)
     kept, before = ours.snapshot(), ours.evaluate(all_rows(DATA), 0.2)
     losses(ours, 8, 50)
@@ -189,7 +182,7 @@ def test_a_snapshot_brings_back_all_that_is_judged(backend, ema):
 
 
 def test_the_average_of_the_parameters_is_that_of_the_formula():
-    ours, bare = ours_of("fused", **M3 | dict(ema=0.8)), ours_of("fused", **M3)
+    ours, bare = learner("fused", DATA, **M3 | dict(ema=0.8)), learner("fused", DATA, **M3)
     average = bare.model.parameters.astype(np.float64)
     for step in range(1, 7):
         for each in (ours, bare):
@@ -201,7 +194,7 @@ def test_the_average_of_the_parameters_is_that_of_the_formula():
 
 
 def test_every_epoch_has_its_own_noise_and_maps():
-    ours = ours_of("fused", **M3 | dict(train_noise=0.3, augment=1.0))
+    ours = learner("fused", DATA, **M3 | dict(train_noise=0.3, augment=1.0))
     batches = []
     for epoch in (1, 2, 1):
         ours.begin_epoch(all_rows(DATA), epoch)
@@ -221,13 +214,7 @@ def test_own_products_refuse_what_is_not_fused_to_them():
 
 
 def test_torch_compile_makes_one_graph_of_m3(monkeypatch):
-    compile, graphs = torch.compile, []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend=backend, **options))
+    graphs = graphs_of_torch(monkeypatch)
     changes = dict(hidden=M3["hidden"], dropout=0.0)
     one = losses(in_torch(**changes), 12, 50)
     compiled = losses(in_torch(**changes, compile=True), 12, 50)

@@ -126,3 +126,8 @@ def test_a_run_that_fails_ends_the_study_with_its_reason(place, monkeypatch, tmp
     monkeypatch.chdir(place)
     with pytest.raises(InputError, match=r"m1 ended with status 2 \(.*nowhere.*\); see .*run\.log"):
         study.execute([study.Job("m1", configs.preset("m1", data="nowhere"), tmp_path / "run")])
+
+
+def test_no_seeds_is_a_mistake_of_one_line(capsys, tmp_path):
+    assert main(["study", "--seeds", "0", "--out", str(tmp_path / "report")]) == 2
+    assert capsys.readouterr().err.startswith("error: --seeds 0 is not possible") and not any(tmp_path.iterdir())

@@ -9,7 +9,7 @@ from mlp.data import stratified_split
 from mlp.loop import fit
 from mlp.torch_models import TorchLearner
 
-from .training import all_rows, close, easy_dataset, learner
+from .training import all_rows, close, easy_dataset, graphs_of_torch, learner
 
 DATA = easy_dataset(300, 7)
 HIDDEN = (96, 40)
@@ -80,14 +80,7 @@ def test_the_loop_trains_it():
 
 
 def test_compiled_steps_are_the_same_and_one_graph(monkeypatch):
-    """By the compiler's first half: to generate and build code takes half a minute."""
-    compile, graphs = torch.compile, []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend=backend, **options))
+    graphs = graphs_of_torch(monkeypatch)
     (loss, hits), (compiled_loss, compiled_hits) = (twenty_steps(twin(compile=compile), 32) for compile in (False, True))
     assert len(graphs) == 1
     assert (np.abs(compiled_loss - loss) <= 1e-5 * loss).all() and np.array_equal(hits, compiled_hits)

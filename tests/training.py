@@ -36,10 +36,25 @@ def cpu(backend: str, chunk_rows: int = 2048) -> device.Device:
     return replace(device.select("cpu", backend == "fused"), chunk_rows=chunk_rows)
 
 
-def learner(backend: str, data: Dataset, chunk_rows=2048, model="m1", **changes) -> ScratchLearner:
-    """A learner that trains on all of `data`."""
+def learner(ops: str, data: Dataset, chunk_rows=2048, model="m1", **changes) -> ScratchLearner:
+    """A learner that trains on all of `data`, by plain or fused ops."""
     config = configs.preset(model, **changes)
-    return ScratchLearner(config, data, cpu(backend, chunk_rows), len(data.labels))
+    return ScratchLearner(config, data, cpu(ops, chunk_rows), len(data.labels))
+
+
+def graphs_of_torch(monkeypatch) -> list:
+    """The graphs that torch.compile makes from now on, which are run by the compiler's first half: to generate and
+    build code takes half a minute."""
+    import torch
+
+    compile, graphs = torch.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend=backend, **options))
+    return graphs
 
 
 def all_rows(data: Dataset) -> np.ndarray:
