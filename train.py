@@ -5,14 +5,14 @@ import sys
 from pathlib import Path
 
 from mlp import InputError, config_file, configs, flags
-from mlp.cli import Parser
+from mlp.cli import Parser, complain
 
 
 def build_parser() -> Parser:
     parser = Parser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--list", action="store_true", help="print the presets and leave")
-    add("--model", default="m1", help="preset, one of those of --list (default: m1)")
+    add("--model", help="preset, one of those of --list (default: m1)")
     add("--config", type=Path, help="file of fields that replace the preset's, as a search's best.json; flags go first")
     add("--backend", help="scratch (NumPy or CuPy) or torch; default: the preset's")
     add("--fused", action="store_true", default=None, help="the fused kernels instead of plain array code or torch's")
@@ -26,6 +26,9 @@ def build_parser() -> Parser:
     add("--explain", action="store_true", help="print what a step does and how, and leave")
     add("--nvtx", action="store_true", help="mark the phases for Nsight Systems")
     add("--out", type=Path, help="folder for the results (default: a new one under runs/)")
+    add("--checkpoint-every", type=flags.parse_interval, metavar="EVERY",
+        help="write a checkpoint at most every 30s, 5min, 2 (epochs), or never by itself (default: 60s)")  # fmt: skip
+    add("--resume", type=Path, metavar="FOLDER", help="go on with the run in FOLDER, as if it had not been interrupted")
     change = parser.add_argument_group("what to change in the preset").add_argument
     change("--epochs", type=int, help="at most so many passes over the training images")
     change("--batch-size", type=flags.parse_batch_size, help="images per step, or 'full': exact full-batch descent")
@@ -63,24 +66,42 @@ def main(argv=None) -> int:
             for name, config in configs.PRESETS.items():
                 print(f"{name:5} {configs.describe(config)}")
             return 0
-        model, settings = args.pop("model"), {name: args.pop(name) for name in ("out", "nvtx", "tune", "explain")}
-        search = {name: value for name in ("search", "study", "jobs") if (value := args.pop(name)) is not None}
-        file, given = args.pop("config"), {name: value for name, value in args.items() if value is not None}
-        given = config_file.with_file(file, given) if file else given
-        config = configs.from_flags(model, **given)
-        if search:
-            from mlp.search import run as search_for
+        every, nvtx, folder = args.pop("checkpoint_every"), args.pop("nvtx"), args.pop("resume")
+        if folder:
+            _refuse_with_resume(args)
+            from mlp import run
 
-            return search_for(config, given, **search, **settings)
-        from mlp import run  # NumPy and the rest: only when there is something to compute
-
-        return run.train(config, **settings)
+            return run.resume(folder, run.Options(nvtx=nvtx, interval=every or flags.Interval()))
+        return _begin(args, nvtx, every)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     except KeyboardInterrupt:  # not while training, which ends in order
         print("error: interrupted", file=sys.stderr)
         return 130
+
+
+def _begin(args, nvtx, every) -> int:
+    """A new run, or a search."""
+    model, settings = args.pop("model") or "m1", {name: args.pop(name) for name in ("tune", "explain")}
+    search = {name: value for name in ("search", "study", "jobs") if (value := args.pop(name)) is not None}
+    file, out = args.pop("config"), args.pop("out")
+    given = {name: value for name, value in args.items() if value is not None}
+    given = config_file.with_file(file, given) if file else given
+    config = configs.from_flags(model, **given)
+    if search:
+        from mlp.search import run as search_for
+
+        return search_for(config, given, **search, out=out, nvtx=nvtx, checkpoint_every=every, **settings)
+    from mlp import run  # NumPy and the rest: only when there is something to compute
+
+    return run.train(config, out, run.Options(nvtx=nvtx, interval=every or flags.Interval(), **settings))
+
+
+def _refuse_with_resume(args) -> None:
+    """InputError for flags that would make the run another one."""
+    given = [f"--{name.replace('_', '-')}" for name, value in args.items() if value not in (None, False)]
+    if given:
+        raise InputError(f"{given[0]} cannot be given with --resume, which goes on with the run as it was begun")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Look at data, at pictures of your own and at finished runs: python -m mlp explore | predict | compare | study"""
+"""Look at data, at pictures of your own and at finished runs: python -m mlp explore | predict | compare | verify | study"""
 
 import sys
 from importlib import import_module
 from pathlib import Path
 
 from . import InputError
-from .cli import Parser
+from .cli import Parser, complain
 
 
 def build_parser() -> Parser:
@@ -27,6 +27,8 @@ def build_parser() -> Parser:
     add = command("compare", "runs side by side, and beside published results")
     add("runs", nargs="+", type=Path, metavar="run", help="a folder that train.py wrote")
     add("--out", type=Path, default=Path("runs/compare"), help="folder for the results (default: runs/compare)")
+    add = command("verify", "make a finished run again, and compare the results bit by bit")
+    add("run", type=Path, metavar="run", help="a folder that train.py wrote")
     add = command("study", "every model, plain and fused, with several seeds, and what each refinement is worth")
     add("--data", default="glyphs:30000", help="as of train.py (default: glyphs:40000)")
     add("--also", nargs="*", default=[], help="further data sets, for robustness and refinements")
@@ -41,8 +43,7 @@ def main(argv=None) -> int:
         args = build_parser().parse_args(argv)
         return import_module(f"mlp.{args.command}").run(args)  # NumPy and the rest: only when there is work
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130

@@ -1,17 +1,13 @@
-"""Parameters on disk: an .npz of plain arrays and one JSON text, never a pickle."""
+"""A trained model on disk: parameters by name, and the configuration that they belong to."""
 
-import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from . import InputError
+from . import InputError, archive
 from .configs import Config
-
-FORMAT = 1
 
 
 class Checkpoint(NamedTuple):
@@ -22,15 +18,9 @@ class Checkpoint(NamedTuple):
 
 
 def save(path: Path, arrays, config: Config, class_names: tuple[str, ...], data_name: str = "") -> None:
-    """Write `path` whole or not at all: arrays by name, and the rest of Checkpoint as JSON."""
-    names = {"class_names": class_names, "data_name": data_name, "arrays": list(arrays)}
-    about = json.dumps({"format": FORMAT, "config": asdict(config)} | names)
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        np.savez(file, about=np.array(about), **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write `path` whole or not at all: arrays by name, and the rest of Checkpoint as JSON (see archive.py)."""
+    names = {"class_names": class_names, "data_name": data_name}
+    archive.write(path, "model", {"config": asdict(config)} | names, arrays)
 
 
 def load(path: Path) -> tuple[dict[str, np.ndarray], Config, tuple[str, ...]]:
@@ -41,22 +31,24 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], Config, tuple[str, ...]]:
 def read(path: Path) -> Checkpoint:
     """Read what save() wrote; InputError for a file that is missing, damaged or of another format."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        for name, array in arrays.items():
-            if not isinstance(array, np.ndarray):  # NumPy hands out as bytes what does not begin like an array
-                raise ValueError(f"{name} is not an array")
-        about = json.loads(str(arrays.pop("about")))
-        if about["format"] != FORMAT:
-            raise InputError(f"{path} has checkpoint format {about['format']}; this version reads format {FORMAT}")
-        if about["arrays"] != list(arrays):  # a damaged table of contents hides members without an error
-            raise ValueError(f"it holds {', '.join(arrays) or 'no arrays'}, expected {', '.join(about['arrays'])}")
-        fields = about["config"] | {"hidden": tuple(about["config"]["hidden"])}
-        return Checkpoint(arrays, Config(**fields), tuple(about["class_names"]), str(about.get("data_name", "")))
+        about, arrays = archive.read(path)
+        if about["kind"] != "model":
+            raise InputError(f"{path} is the {about['kind']} of a run, expected a model; give its checkpoint.npz")
+        config = config_of(about["config"])
+        return Checkpoint(arrays, config, tuple(about["class_names"]), str(about.get("data_name", "")))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give the checkpoint.npz of a run's folder") from None
     except InputError:
         raise
-    except Exception as error:  # damaged bytes raise nearly anything in zipfile, numpy and json
+    except archive.NewerFormat as error:
+        raise InputError(
+            f"{path} has checkpoint format {error}; this version reads format {archive.FORMAT} and older ones"
+        ) from None
+    except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path} is not a readable checkpoint ({reason}); give the one a run wrote") from None
+
+
+def config_of(fields: dict) -> Config:
+    """The Config whose fields JSON has brought back."""
+    return Config(**fields | {"hidden": tuple(fields["hidden"])})

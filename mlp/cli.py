@@ -1,8 +1,10 @@
 """What the command lines share."""
 
 import argparse
+import os
+import sys
 
-from . import InputError
+from . import InputError, LostProcess
 
 
 class Parser(argparse.ArgumentParser):
@@ -10,3 +12,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(f"{message} (see --help)")
+
+
+def complain(error: InputError) -> int:
+    """Print the sentence and return the exit status. Of the processes of a job the first speaks for all, but what only
+    those notice that are left is told by each."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or isinstance(error, LostProcess):
+        print(f"error: {error}" if rank == "0" else f"error: process {rank}: {error}", file=sys.stderr)
+    return 2

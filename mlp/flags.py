@@ -1,9 +1,32 @@
 """How numbers are written on a command line: widths, batch sizes, amounts of memory."""
 
 import math
+import re
+from dataclasses import dataclass
 
 from . import InputError
 from .configs import FULL
+
+
+@dataclass(frozen=True)
+class Interval:
+    """How often a checkpoint is written, at most: every so many seconds, or epochs; neither: never by itself."""
+
+    seconds: float | None = 60.0
+    epochs: int | None = None
+
+
+def parse_interval(text: str) -> Interval:
+    """'30s' -> Interval(30.0); '5min'; '2' -> Interval(None, 2), which are epochs; 'never'."""
+    if text == "never":
+        return Interval(None)
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)(s|min|h)|([1-9]\d{0,8})", text)
+    if not found:
+        raise InputError(
+            f"--checkpoint-every {text} is no interval; give a time such as 30s or 5min, a number of epochs, or never"
+        )
+    number, unit, epochs = found.groups()
+    return Interval(None, int(epochs)) if epochs else Interval(float(number) * {"s": 1, "min": 60, "h": 3600}[unit])
 
 
 def parse_hidden(text: str) -> tuple[int, ...]:

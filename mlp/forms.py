@@ -50,6 +50,12 @@ class Plan:
         return -(-classes // 4) * 4 if self.padded else classes
 
 
+def as_plan(content: dict) -> Plan:
+    """The Plan that dataclasses.asdict() and JSON have made this of."""
+    forms = tuple(Form(**form) for form in content["forms"])
+    return Plan(forms, content["padded"], tuple(Algorithms(*each) for each in content["algorithms"]), content["rows"])
+
+
 def default(layers: int, own: bool = False) -> Plan:
     """The plan of a model that was not tuned."""
     return Plan((Form(OWN, OWN, OWN) if own else Form(),) * layers)

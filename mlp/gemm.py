@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from . import InputError
+from . import InputError, blas
 from .configs import PRECISIONS
 
 
@@ -25,7 +25,7 @@ def check_precision(precision: str) -> None:
 
 
 class ArrayGemm:
-    """The products by `xp.matmul`, xp being NumPy or CuPy, for any floating dtype.
+    """The products by `xp.matmul`, xp being NumPy (see blas.py) or CuPy, for any floating dtype.
 
     precision: "fp32", as xp multiplies by itself (CuPy in TF32 if its user has asked it to); or "tf32", for CuPy only,
     which rounds the factors of float32 products to TF32. InputError where xp or the GPU has no such products.
@@ -61,7 +61,9 @@ class ArrayGemm:
         self._multiply(x.T, dz, out)
 
     def _multiply(self, a, b, out):
-        if self._linalg is None:
+        if self._xp is np:
+            blas.multiply(a, b, out)
+        elif self._linalg is None:
             self._xp.matmul(a, b, out=out)
         else:
             with self._tf32():

@@ -1,8 +1,9 @@
 """The training loop: epochs, batches, early stopping. It knows a model only by the methods it calls.
 
-A learner has batch_size, steps_per_launch, begin_epoch(index, epoch), train(start, stop, lr), synchronize(),
-evaluate(index), totals(), snapshot() and restore(snapshot); see scratch.ScratchLearner and torch_models.TorchLearner,
-which have what run.py needs besides.
+A learner has batch_size, steps_per_launch, job, begin_epoch(index, epoch), train(start, stop, lr), train_step(start,
+stop, lr), synchronize(), evaluate(index), totals(), is_finite(), first_fault(start, stop, lr), state() and load_state(),
+snapshot() and restore(), to_host() and from_host(); see scratch.ScratchLearner and torch_models.TorchLearner, which
+have what run.py needs besides.
 """
 
 import math
@@ -10,56 +11,38 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 from .configs import Config
 from .data import Split
-from .optim import STEPS_PER_RATE, learning_rate
+from .faults import locate
+from .optim import STEPS_PER_RATE, learning_rate, rate_at
+from .progress import EpochRow, History, Keeper, Progress
 
 SECONDS_PER_READING = 0.2
+OUTCOMES = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
-@dataclass(frozen=True)
-class EpochRow:
-    """A row of history.csv. Training loss and accuracy are those of the batches as they were trained on."""
-
-    epoch: int  # from 1
-    lr: float  # in the middle of the epoch
-    train_loss: float
-    train_accuracy: float
-    val_loss: float
-    val_accuracy: float
-    seconds: float  # training only, without the validation
-    images_per_second: float
-
-
-@dataclass
-class History:
-    rows: list[EpochRow] = field(default_factory=list)
-    best_epoch: int = 0  # whose parameters the learner ends with; 0: the initial ones
-    outcome: str = "finished"  # or "stopped early", "interrupted", "diverged"
-
-
-class Interrupt:
-    """While active, Ctrl-C only sets `requested`, so that no step is torn; a second Ctrl-C acts as usual."""
+class Signals:
+    """While active, Ctrl-C and SIGTERM are only noted, so that no step is torn; a second one acts as usual."""
 
     def __init__(self):
-        self.requested = False
+        self.received = 0
 
     def __enter__(self):
         try:
-            self._previous = signal.signal(signal.SIGINT, self._handle)
+            self._previous = {number: signal.signal(number, self._handle) for number in OUTCOMES}
         except ValueError:  # not in the main thread, where there are no signals to handle
-            self._previous = None
+            self._previous = {}
         return self
 
-    def _handle(self, *_):
-        self.requested = True
-        signal.signal(signal.SIGINT, self._previous)
+    def _handle(self, number, _):
+        self.received = self.received or number
+        signal.signal(number, self._previous[number])
 
     def __exit__(self, *_):
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
 
 class Reporter:
@@ -74,62 +57,119 @@ class Reporter:
 
 
 def fit(learner, split: Split, config: Config, reporter: Reporter | None = None,
-        on_epoch: Callable[[History], None] = lambda history: None, annotate=nullcontext) -> History:  # fmt: skip
+        on_epoch: Callable[[History], None] = lambda history: None, annotate=nullcontext, *,
+        progress: Progress | None = None, keeper: Keeper | None = None) -> History:  # fmt: skip
     """Train until the epochs, the patience or the user ends it, and leave the learner with its best parameters.
 
     Best means the lowest validation loss. on_epoch is called after every epoch, with the rows so far. An epoch and
-    its validation run inside `with annotate("epoch"):` (see ranges.py).
-    Ctrl-C ends after the current step; the epoch that it cut short is not counted.
+    its validation run inside `with annotate("epoch"):` (see ranges.py). progress: where to go on, instead of from the
+    start. keeper: what is told of the progress every now and then.
+    Ctrl-C ends after the current step; the epoch that it cut short is not counted. SIGTERM does, too. Whatever ends it
+    but the epochs and the patience, the keeper is told the last good progress.
     """
-    reporter = reporter or Reporter()
-    history, best_loss, best = History(), math.inf, learner.snapshot()
-    with Interrupt() as interrupt:
-        for epoch in range(1, config.epochs + 1):
-            with annotate("epoch"):
-                row = _epoch(learner, split, config, epoch, reporter, interrupt)
+    with Signals() as signals:
+        return _Training(learner, split, config, reporter or Reporter(), annotate, keeper, signals).run(
+            progress, on_epoch
+        )
+
+
+class _Training:
+    def __init__(self, learner, split, config, reporter, annotate, keeper, signals):
+        self.learner, self.split, self.config, self.reporter = learner, split, config, reporter
+        self.annotate, self.keeper, self.signals = annotate, keeper, signals
+        self.images = len(split.train)
+
+    def run(self, progress: Progress | None, on_epoch) -> History:
+        learner, config, resumed = self.learner, self.config, progress is not None
+        self.kept = progress or Progress(learner.state(), learner.snapshot())
+        history = self.kept.history
+        while self.kept.epoch <= config.epochs and not self._is_over(history):
+            learner.begin_epoch(self.split.train, self.kept.epoch)
+            if resumed:
+                learner.load_state(self.kept.state)
+                resumed = False
+            else:
+                self.kept = replace(self.kept, state=learner.state())
+            with self.annotate("epoch"):
+                row = self._epoch()
             if row is None:
-                history.outcome = "interrupted"
                 break
             history.rows.append(row)
-            improved = row.val_loss < best_loss
+            improved = row.val_loss < self.kept.best_loss and history.outcome != "diverged"
             if improved:
-                best_loss, best, history.best_epoch = row.val_loss, learner.snapshot(), epoch
-            reporter.end_epoch(row, improved)
+                self.kept = replace(self.kept, best_loss=row.val_loss, best=learner.snapshot())
+                history.best_epoch = row.epoch
+            self.reporter.end_epoch(row, improved)
             on_epoch(history)
-            if not math.isfinite(row.train_loss) or not math.isfinite(row.val_loss):
-                history.outcome = "diverged"
-            elif interrupt.requested:
-                history.outcome = "interrupted"
-            elif config.patience and epoch - history.best_epoch >= config.patience:
-                history.outcome = "stopped early"
-            if history.outcome != "finished":
+            if history.outcome == "diverged":
                 break
-    learner.restore(best)
-    return history
+            self.kept = replace(self.kept, epoch=row.epoch + 1, done=0, seconds=0.0)
+        learner.restore(self.kept.best)
+        return history
 
+    def _is_over(self, history) -> bool:
+        epochs = len(history.rows)
+        if self.config.patience and epochs - history.best_epoch >= self.config.patience:
+            history.outcome = "stopped early"
+        return history.outcome != "finished"
 
-def _epoch(learner, split, config, epoch, reporter, interrupt) -> EpochRow | None:
-    """Train and validate one epoch; None when it was interrupted."""
-    n, stride = len(split.train), learner.batch_size * learner.steps_per_launch
-    stretch = learner.batch_size * STEPS_PER_RATE
-    reporter.begin_epoch(epoch, config.epochs, n)
-    started = read = time.perf_counter()
-    learner.begin_epoch(split.train, epoch)
-    for start in range(0, n, stride):
-        if interrupt.requested:
-            return None
-        stop = min(start + stride, n)
-        begin = start - start % stretch
-        middle = (begin + min(begin + stretch, n)) / 2
-        learner.train(start, stop, learning_rate(config, epoch - 1, middle / n))
-        reporter.advance(stop - start)
-        if reporter.wants_readings and time.perf_counter() - read > SECONDS_PER_READING:
-            loss, correct = learner.totals()
-            reporter.reading(loss / stop, correct / stop)
-            read = time.perf_counter()
-    learner.synchronize()
-    seconds = time.perf_counter() - started
-    val = learner.evaluate(split.val)
-    loss, correct = learner.totals()  # of the training; they came with the copy that evaluate() has made
-    lr = learning_rate(config, epoch - 1)
-    return EpochRow(epoch, lr, loss / n, correct / n, val.cross_entropy, val.accuracy, seconds, n / seconds)
+    def _epoch(self) -> EpochRow | None:
+        """Train and validate the rest of an epoch; None when it was cut short."""
+        learner, config, n, epoch = self.learner, self.config, self.images, self.kept.epoch
+        stride = learner.batch_size * learner.steps_per_launch
+        self.reporter.begin_epoch(epoch, config.epochs, n)
+        self.reporter.advance(self.kept.done)
+        self.started = read = time.perf_counter()
+        for start in range(self.kept.done, n, stride):
+            if not self._go_on(start):
+                return None
+            stop = min(start + stride, n)
+            learner.train(start, stop, rate_at(config, epoch, start, n, learner.batch_size))
+            self.reporter.advance(stop - start)
+            if self.reporter.wants_readings and time.perf_counter() - read > SECONDS_PER_READING:
+                loss, correct = learner.totals()
+                self.reporter.reading(loss / stop, correct / stop)
+                read = time.perf_counter()
+        learner.synchronize()
+        seconds = self._seconds()
+        val = learner.evaluate(self.split.val)
+        loss, correct = learner.totals()  # of the training; they came with the copy that evaluate() has made
+        row = EpochRow(epoch, learning_rate(config, epoch - 1), loss / n, correct / n, val.cross_entropy, val.accuracy,
+                       seconds, n / seconds)  # fmt: skip
+        if not (math.isfinite(row.train_loss) and math.isfinite(row.val_loss) and self._is_finite()):
+            self._diverged()
+        return row
+
+    def _go_on(self, start) -> bool:
+        """Before the step at `start`: keep the progress where it is time, and see whether to stop here. Processes of a
+        job do so together, every now and then."""
+        learner, keeper, history = self.learner, self.keeper, self.kept.history
+        if learner.job.size > 1 and start % (learner.batch_size * STEPS_PER_RATE):
+            return True
+        due = keeper is not None and keeper.due(self.kept.epoch)
+        received, due = learner.job.most(self.signals.received, due)
+        if not received and not due:
+            return True
+        if start != self.kept.done:
+            if not self._is_finite():
+                self._diverged()
+                return False
+            self.kept = replace(self.kept, state=learner.state(), done=start, seconds=self._seconds())
+        if keeper is not None:
+            keeper.save(self.kept, learner)
+        self.started = time.perf_counter()
+        if received:
+            history.outcome = OUTCOMES[received]
+        return not received
+
+    def _is_finite(self) -> bool:
+        return not self.learner.job.any(not self.learner.is_finite())
+
+    def _seconds(self) -> float:
+        return self.kept.seconds + time.perf_counter() - self.started
+
+    def _diverged(self) -> None:
+        history = self.kept.history
+        history.outcome, history.fault = "diverged", locate(self.learner, self.split.train, self.config, self.kept)
+        if self.keeper is not None:
+            self.keeper.save(self.kept, self.learner)

@@ -15,11 +15,18 @@ def arena(shapes, xp, dtype, step=None):
     """One flat array of zeros and a view into it per shape, each starting on ALIGNMENT bytes, or on a multiple of
     `step` elements."""
     step = step or ALIGNMENT // np.dtype(dtype).itemsize
-    sizes = [-(-int(np.prod(shape)) // step) * step for shape in shapes]
-    flat = _aligned_zeros(sum(sizes), xp, dtype)
-    starts = np.cumsum([0, *sizes])
-    views = [flat[start : start + int(np.prod(shape))].reshape(shape) for start, shape in zip(starts, shapes)]
-    return flat, views
+    flat = _aligned_zeros(sum(-(-int(np.prod(shape)) // step) * step for shape in shapes), xp, dtype)
+    return flat, split(flat, shapes, step)
+
+
+def split(flat, shapes, step=None) -> list:
+    """The views of an array that is laid out as arena() does it."""
+    step, views, start = step or ALIGNMENT // flat.dtype.itemsize, [], 0
+    for shape in shapes:
+        size = int(np.prod(shape))
+        views.append(flat[start : start + size].reshape(shape))
+        start += -(-size // step) * step
+    return views
 
 
 def _aligned_zeros(count, xp, dtype):
@@ -55,13 +62,14 @@ class MLP:
     norm, dropout: hidden layers normalise the product over the batch (Ioffe & Szegedy, "Batch normalization", 2015) and
     drop outputs with this probability (Srivastava et al., "Dropout", 2014). With norm, a layer's bias is that of the
     normalised product, norm_weights are its factors, and running the flat arena of the means and variances that take
-    the batch's place outside of training.
+    the batch's place outside of training. shared_norm: where each process of a job has a part of the batch, what makes
+    the statistics and gradients those of the whole (distributed.SharedNorm).
     """
 
     def __init__(self, sizes, activation, *, rows, xp=np, ops, products=None, plan=None, recorder=None, seed=0,
-                 norm=False, dropout=0.0, dtype=np.float32):  # fmt: skip
+                 norm=False, dropout=0.0, shared_norm=None, dtype=np.float32):  # fmt: skip
         self.sizes, self.activation, self.xp = tuple(sizes), activation, xp
-        self.norm, self.dropout, self.seed = norm, dropout, seed
+        self.norm, self.dropout, self.seed, self._shared_norm = norm, dropout, seed, shared_norm
         layers = len(sizes) - 1
         self.plan = plan or default(layers)
         self.products = products or Products.arrays(xp)
@@ -71,11 +79,12 @@ class MLP:
         widths = (*sizes[:-1], self.plan.columns(sizes[-1]))
         hidden = [(n,) for n in widths[1:-1]] if norm else []
         shapes = [shape for n_in, n_out in pairwise(widths) for shape in ((n_in, n_out), (n_out,))] + hidden
+        self._shapes, self._running_shapes = shapes, 2 * hidden
         self.parameters, views = arena(shapes, xp, dtype)
         self.weights, self.biases, self.norm_weights = _by_kind(views, layers)
         self.gradients, views = arena(shapes, xp, dtype)
         self.weight_grads, self.bias_grads, self.norm_weight_grads = _by_kind(views, layers)
-        self.running, views = arena(2 * hidden, xp, dtype)  # means, then variances
+        self.running, views = arena(self._running_shapes, xp, dtype)  # means, then variances
         self._running = list(zip(views[: len(hidden)], views[len(hidden) :]))
         self._batch = [(xp.empty_like(mean), xp.empty_like(var)) for mean, var in self._running]
         for ones in (*self.norm_weights, *views[len(hidden) :]):
@@ -100,19 +109,32 @@ class MLP:
     def parameter_count(self) -> int:
         return sum(view.size for _, view in self.named_parameters())
 
-    def named_parameters(self):
-        """("weight0", view (in, out)), ("bias0", view (out,)), ("weight1", ...), without the padding."""
-        for layer, (n_out, weight, bias) in enumerate(zip(self.sizes[1:], self.weights, self.biases)):
+    def named_parameters(self, flat=None):
+        """("weight0", view (in, out)), ("bias0", view (out,)), ("weight1", ...), without the padding; of the parameters
+        or of another array with their layout, as an optimizer's moments."""
+        views = split(self.parameters if flat is None else flat, self._shapes)
+        weights, biases, norm_weights = _by_kind(views, len(self.weights))
+        for layer, (n_out, weight, bias) in enumerate(zip(self.sizes[1:], weights, biases)):
             yield f"weight{layer}", weight[:, :n_out]
             yield f"bias{layer}", bias[:n_out]
-        for layer, weight in enumerate(self.norm_weights):
+        for layer, weight in enumerate(norm_weights):
             yield f"norm_weight{layer}", weight
 
-    def named_buffers(self):
-        """("norm_mean0", view (width,)), ("norm_var0", view (width,)), ... where the model normalises."""
-        for layer, (mean, var) in enumerate(self._running):
+    def named_buffers(self, flat=None):
+        """("norm_mean0", view (width,)), ("norm_var0", view (width,)), ... where the model normalises; of the running
+        statistics or of another array with their layout."""
+        views = split(self.running if flat is None else flat, self._running_shapes)
+        means, variances = views[: len(views) // 2], views[len(views) // 2 :]
+        for layer, (mean, var) in enumerate(zip(means, variances)):
             yield f"norm_mean{layer}", mean
             yield f"norm_var{layer}", var
+
+    def written(self, kind, layer) -> list:
+        """The arrays that a layer's "forward" or "backward" pass writes."""
+        if kind == "forward":
+            return [self._z[layer], self._y[layer]]
+        norm = [self.norm_weight_grads[layer]] if layer < len(self.norm_weight_grads) else []
+        return [self.weight_grads[layer], self.bias_grads[layer], *norm]
 
     def forward(self, x, *, training=False, step=None, row=0):
         """x (B, sizes[0]) -> logits (B, sizes[-1] or padded).
@@ -158,7 +180,11 @@ class MLP:
         if self.norm and self._draw:
             mean, var = self._batch[layer]
             running_mean, running_var = self._running[layer]
-            self.ops.batch_norm_stats(z, mean=mean, var=var, running_mean=running_mean, running_var=running_var)
+            if self._shared_norm:
+                self.ops.batch_norm_stats(z, mean=mean, var=var)
+                self.recorder(self._shared_norm.statistics, len(z), mean, var, running_mean, running_var)
+            else:
+                self.ops.batch_norm_stats(z, mean=mean, var=var, running_mean=running_mean, running_var=running_var)
         self.ops.norm_act(z, self.biases[layer], self.activation, out=y, **self._treatment(layer))
 
     def _treatment(self, layer) -> dict:
@@ -203,6 +229,11 @@ class MLP:
                 dy, saved, self.biases[layer], self.activation, out=dy, bias_grad=self.bias_grads[layer],
                 weight_grad=self.norm_weight_grads[layer] if self.norm else None, **self._treatment(layer),
             )  # fmt: skip
+            if self.norm and self._shared_norm:
+                self.recorder(
+                    self._shared_norm.gradient, dy, saved, *self._batch[layer], self.norm_weights[layer],
+                    self.bias_grads[layer], self.norm_weight_grads[layer],
+                )  # fmt: skip
 
     def weight_gradient(self, layer, x, dz, factor):
         """Write the gradient of the layer's weight. factor: what the library reads in the place of dz."""

@@ -1,8 +1,8 @@
 """Learning-rate schedules and the optimizers, each one op on the flat arena of the whole model.
 
 `steps` is the number of the step, counted from 1, in a float32 array of one element, or None where it does not matter:
-the caller advances it before step(). `lr` is such an array, too, or a number. `state` are the arrays that one step
-leaves for the next.
+the caller advances it before step(). `lr` is such an array, too, or a number. `moments` are the arrays, by name, that
+one step leaves for the next beside that.
 """
 
 import math
@@ -32,6 +32,14 @@ def learning_rate(config: Config, epoch: int, done: float = 0.5) -> float:
     return lr * place / config.warmup if place < config.warmup else lr
 
 
+def rate_at(config: Config, epoch: int, start: int, images: int, batch: int) -> float:
+    """The learning rate of the step on the images from `start` on, of `images` in an epoch, counted from 1: what the
+    schedule says for the middle of the STEPS_PER_RATE steps that it is one of."""
+    stretch = batch * STEPS_PER_RATE
+    begin = start - start % stretch
+    return learning_rate(config, epoch - 1, (begin + min(begin + stretch, images)) / 2 / images)
+
+
 class SGD:
     """Stochastic gradient descent with momentum and L2, as torch.optim.SGD."""
 
@@ -40,7 +48,7 @@ class SGD:
     def __init__(self, config: Config, parameters, xp, ops):
         self.config, self.ops = config, ops
         self.velocity = xp.zeros_like(parameters) if config.momentum else None
-        self.state = [self.velocity] if config.momentum else []
+        self.moments = {"velocity": self.velocity} if config.momentum else {}
 
     def step(self, parameters, gradients, lr) -> None:
         self.ops.sgd_step(
@@ -55,7 +63,7 @@ class Adam:
         self.config, self.ops = config, ops
         self.m, self.v = xp.zeros_like(parameters), xp.zeros_like(parameters)
         self.steps = xp.zeros(1, np.float32)
-        self.state = [self.m, self.v, self.steps]
+        self.moments = {"m": self.m, "v": self.v}
 
     def step(self, parameters, gradients, lr) -> None:
         c = self.config

@@ -6,7 +6,8 @@ import numpy as np
 
 from . import InputError
 from .evaluate import Evaluation
-from .loop import EpochRow
+from .files import replacing
+from .progress import EpochRow
 
 
 def new_figure(*args, **kwargs):
@@ -21,7 +22,8 @@ def new_figure(*args, **kwargs):
 def save(figure, path: Path) -> None:
     """Write a figure; InputError for a file that cannot be written or a format that matplotlib does not know."""
     try:
-        figure.savefig(path, dpi=120)
+        with replacing(path, durable=False) as file:
+            figure.savefig(file, dpi=120, format=path.suffix[1:] or "png")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise InputError(f"{path} cannot be written ({reason}); give another name, such as picture.png") from None

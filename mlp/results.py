@@ -11,7 +11,8 @@ from . import InputError
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 # What of config.json does not make a run another experiment: the seed, and how the same data, the same results and the
 # versions came about.
-IGNORED = {"seed", "data", "data_name", "class_names", "plan", "threads", "command", "versions"}
+IGNORED = {"seed", "data", "data_name", "class_names", "plan", "threads", "command", "versions", "revision",
+           "processes", "resumed"}  # fmt: skip
 SHOWN = {"model", "fused", "backend", "device_name"}  # by columns of their own
 
 
@@ -22,7 +23,7 @@ class Run:
     folder: Path
     config: dict
     metrics: dict
-    history: list[dict[str, float]]  # a row per epoch, by the names of loop.EpochRow
+    history: list[dict[str, float]]  # a row per epoch, by the names of progress.EpochRow
 
     @property
     def experiment(self) -> str:

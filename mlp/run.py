@@ -1,23 +1,22 @@
-"""A run from a configuration to a finished folder: load, train, judge, write."""
+"""A run from a configuration to a finished folder: load, train, judge, write; or go on with one that was cut short."""
 
-import csv
-import json
-import platform
+import signal
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import asdict, fields
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from . import InputError, checkpoint, data, plots, products, ranges, tuning
+from . import InputError, checkpoint, data, distributed, forms, plots, products, provenance, ranges, run_folder, tuning
 from .configs import Config, describe
 from .device import select
 from .evaluate import NOISE_SIGMA, Evaluation
 from .explain import explain as explain_step
-from .files import file_name, make_folder
-from .loop import EpochRow, History, Reporter, fit
+from .flags import Interval
+from .loop import Reporter, fit
+from .progress import History, Keeper
 from .scratch import ScratchLearner
 
 
@@ -48,45 +47,177 @@ class ConsoleReporter(Reporter):
         )
 
 
+@dataclass(frozen=True)
+class Options:
+    """What of a command changes no result. nvtx: mark the phases for Nsight Systems. tune: time the forms of the layers
+    first, see tuning.py. explain: print what a step does instead of training. interval: of the checkpoints."""
+
+    nvtx: bool = False
+    tune: bool = False
+    explain: bool = False
+    interval: Interval = field(default_factory=Interval)
+
+
+@dataclass
+class Setting:
+    """What a run has before it begins."""
+
+    config: Config
+    options: Options
+    job: distributed.Job
+    device: object
+    dataset: data.Dataset
+    split: data.Split
+    learner: object
+    entry: dict  # what tuning.plan() knows of the learner's layers
+
+    @property
+    def title(self) -> str:
+        return f"{self.config.model}{' fused' if self.config.fused else ''} on {self.dataset.name}"
+
+
 def train(
-    config: Config, out: Path | None = None, *, nvtx: bool = False, tune: bool = False, explain: bool = False
+    config: Config, out: Path | None = None, options: Options = Options(), then: dict | None = None  # noqa: B008
 ) -> int:
     """Train `config`, judge it and write the run's folder (`out`, or a new one under runs/).
 
-    nvtx: mark the phases for Nsight Systems. tune: time the forms of the layers first, see tuning.py. explain: print
-    what a step does instead of training.
-
-    Prints as it goes. Returns the exit status: 0, 130 after Ctrl-C, 1 where the loss became NaN or infinite;
-    in each case the folder holds the results of the best epoch. InputError for whatever the user can mend.
+    Prints as it goes. Returns the exit status: 0, 130 after Ctrl-C, 143 after SIGTERM, 1 where something became NaN or
+    infinite; but after SIGTERM the folder holds the results of the best epoch, and if the run was cut short, what
+    resume() needs. InputError for whatever the user can mend.
+    then: the config.json of a run that is made again: on the same data, with the layers in the same forms.
     """
     began = time.perf_counter()
-    _refuse_used_folder(out)  # before a download of half a gigabyte
-    annotate = ranges.nvtx_annotate() if nvtx else nullcontext
-    device = select_device(config)
-    if config.backend == "torch" and (tune or explain):
-        raise InputError(f"--{'tune' if tune else 'explain'} belongs to --backend scratch; leave it out")
-    dataset = data.load(config.data)
-    split = data.stratified_split(dataset.labels)
-    learner, entry = make_learner(config, dataset, device, len(split.train), tune)
-    if explain:
-        learner.begin_epoch(split.train)
-        print(explain_step(learner, entry))
+    run_folder.refuse_used(out)  # before a download of half a gigabyte
+    if config.backend == "torch" and (options.tune or options.explain):
+        raise InputError(f"--{'tune' if options.tune else 'explain'} belongs to --backend scratch; leave it out")
+    with _setting(config, options, then) as setting, ExitStack() as locks:
+        if options.explain:
+            setting.learner.begin_epoch(setting.split.train)
+            print(explain_step(setting.learner, setting.entry))
+            return 0
+        content = provenance.of(setting.learner, setting.dataset, setting.device)
+
+        def begin():  # last: whatever is refused leaves no folder behind
+            folder = run_folder.make(out, config, setting.dataset.name)
+            locks.enter_context(run_folder.locked(folder))
+            run_folder.refuse_used(folder)  # once more, now that nobody else can begin one
+            with _writing(folder):
+                run_folder.write_json(folder / "config.json", content)
+            return folder
+
+        return _train(setting, setting.job.lead(begin), began)
+
+
+def resume(folder: Path, options: Options = Options()) -> int:  # noqa: B008
+    """Go on with the run in `folder` from its last checkpoint, or from the start where it has none: parameters, history
+    and results are, bit for bit, those of a run that was never interrupted. Returns as train()."""
+    began = time.perf_counter()
+    config, content = run_folder.read_config(folder)
+    outcome = run_folder.outcome(folder)
+    if outcome == "diverged":
+        raise InputError(f"{folder} holds a run that diverged, and would again; begin a new one with a lower --lr")
+    if outcome not in ("", "interrupted"):
+        print(f"the run in {folder} is over ({outcome}); there is nothing to go on with")
         return 0
-    if nvtx:
+    with _setting(config, options, content) as setting, ExitStack() as locks:
+        now = provenance.of(setting.learner, setting.dataset, setting.device)
+        notices = provenance.differences(content, now)
+
+        def lock():
+            locks.enter_context(run_folder.locked(folder))
+            return folder
+
+        setting.job.lead(lock)
+        progress = setting.job.together(lambda: _keeper(setting, folder).load(setting.learner))
+
+        def note():
+            resumed = {name: now[name] for name in ("command", "revision", "versions", "device_name", "processes")}
+            resumed |= {"epoch": progress.epoch if progress else 1, "images": progress.done if progress else 0}
+            with _writing(folder):
+                content.setdefault("resumed", []).append(resumed)
+                run_folder.write_json(folder / "config.json", content)
+            if notices:
+                print(f"\n*** not bit for bit as if never interrupted: {'; '.join(notices)} ***\n")
+            print(f"resumed in epoch {resumed['epoch']}, after {resumed['images']:,} of its images")
+            return folder
+
+        return _train(setting, setting.job.lead(note), began, progress)
+
+
+@contextmanager
+def _setting(config: Config, options: Options, then: dict | None = None):
+    """Everything that `config` needs; then: the config.json of the run that is gone on with."""
+    device = select_device(config)
+    job = distributed.join(device.kind)
+    try:
+        dataset = job.first(lambda: data.load(config.data))
+        if then is not None and dataset.checksum != then["data_sha256"]:
+            raise InputError(
+                f"the run was trained on {then['data_name']}, and --data {config.data} is {dataset.name} with other "
+                "images now; put the data back, or begin a new run"
+            )
+        split = data.stratified_split(dataset.labels)
+        plan = None if then is None else then.get("plan")
+        learner, entry = job.together(
+            lambda: make_learner(config, dataset, device, len(split.train), options.tune, job, plan)
+        )
+        yield Setting(config, options, job, device, dataset, split, learner, entry)
+    finally:
+        job.close()
+
+
+def _keeper(setting: Setting, folder: Path) -> Keeper:
+    return Keeper(folder, setting.config, setting.dataset.checksum, setting.options.interval)
+
+
+def _train(setting: Setting, folder: Path | None, began: float, progress=None) -> int:
+    """folder: None but in the process that writes it."""
+    config, learner, dataset, split = setting.config, setting.learner, setting.dataset, setting.split
+    annotate = ranges.nvtx_annotate() if setting.options.nvtx else nullcontext
+    if setting.options.nvtx:
         ranges.attach(learner, annotate)
-    folder = _make_folder(out, config, dataset.name)  # last: whatever is refused leaves no folder behind
+    reporter, on_epoch, keeper = Reporter(), lambda history: None, None
+    if folder:
+        reporter, keeper = ConsoleReporter(), _keeper(setting, folder)
+        on_epoch = lambda history: run_folder.write_history(folder, history.rows)  # noqa: E731
+        _print_setting(setting)
+    with np.errstate(over="ignore", invalid="ignore"), _writing(folder):  # what is not finite is reported once
+        history = fit(learner, split, config, reporter, on_epoch, annotate, progress=progress, keeper=keeper)
+        if history.outcome != "terminated":
+            _finish(setting, history, folder, began)
+    if folder and history.outcome == "terminated":
+        print(f"error: terminated; go on with --resume {folder}", file=sys.stderr)
+    if folder and history.outcome == "diverged":
+        print(
+            f"error: {history.fault} became NaN or infinite; the last good checkpoint is {keeper.path}, of "
+            f"{keeper.place}; try a lower --lr", file=sys.stderr,
+        )  # fmt: skip
+    return {"interrupted": 128 + signal.SIGINT, "terminated": 128 + signal.SIGTERM, "diverged": 1}.get(history.outcome, 0)
+
+
+@contextmanager
+def _writing(folder: Path | None):
+    """What the system says of a file that cannot be written, in a sentence."""
+    try:
+        yield
+    except OSError as error:
+        what = error.filename or folder
+        raise InputError(
+            f"{what} cannot be written ({error.strerror or error}); make room, then go on with --resume {folder}"
+        ) from None
+
+
+def _print_setting(setting: Setting) -> None:
+    config, dataset, split, learner = setting.config, setting.dataset, setting.split, setting.learner
     for notice in filter(None, (dataset.notice, learner.notice)):
         print(f"\n*** {notice} ***\n")
-    _write_json(folder / "config.json", _provenance(learner, dataset, device))
     kernels = "fused kernels" if config.fused else "torch" if config.backend == "torch" else "plain array code"
+    processes = f", {setting.job.size} processes" if setting.job.size > 1 else ""
     print(
         f"{config.model} ({kernels}) on {dataset.name}: {len(split.train):,} / {len(split.val):,} / "
         f"{len(split.test):,} images to train / validate / test, {len(dataset.class_names)} classes\n"
-        f"{describe(config)}; {learner.parameter_count:,} parameters\ndevice: {device.name}"
+        f"{describe(config)}; {learner.parameter_count:,} parameters\ndevice: {setting.device.name}{processes}"
     )
-    with np.errstate(over="ignore", invalid="ignore"):  # a loss that diverges is reported once, as such
-        history = fit(learner, split, config, ConsoleReporter(), lambda h: _write_history(folder, h.rows), annotate)
-    return _finish(config, dataset, device, split, learner, history, folder, began)
 
 
 def select_device(config: Config):
@@ -104,27 +235,35 @@ def _torch_models():
     return torch_models
 
 
-def make_learner(config: Config, dataset: data.Dataset, device, train_rows: int, tune: bool = False):
-    """The learner for `config` on select_device()'s device; one from scratch has its layers in the forms that are the
-    fastest as far as it is known. Beside it what tuning.plan() knows of them."""
+def make_learner(
+    config: Config, dataset: data.Dataset, device, train_rows: int, tune: bool = False, job=None, plan: dict | None = None
+):
+    """The learner for `config` on select_device()'s device; one from scratch has its layers in the forms of `plan`
+    (forms.as_plan()), or in those that are the fastest as far as it is known. Beside it what tuning.plan() knows."""
+    job = job or distributed.Job()
     if config.backend == "torch":
-        return _torch_models().TorchLearner(config, dataset, device.kind, train_rows), {}
+        return _torch_models().TorchLearner(config, dataset, device.kind, train_rows, job), {}
     chosen = products.select(config, device)
     sizes = (dataset.images.shape[1], *config.hidden, len(dataset.class_names))
-    batch = config.batch_of(train_rows)
-    plan, entry = tuning.plan(config, device, chosen, sizes, min(batch, device.chunk_rows), tune)
-    return ScratchLearner(config, dataset, device, train_rows, chosen, plan), entry
+    if plan is not None and device.kind == "cuda":
+        return ScratchLearner(config, dataset, device, train_rows, chosen, forms.as_plan(plan), job), {}
+    batch = -(-config.batch_of(train_rows) // job.size)
+    best, entry = tuning.plan(config, device, chosen, sizes, min(batch, device.chunk_rows), tune)
+    return ScratchLearner(config, dataset, device, train_rows, chosen, best, job), entry
 
 
-def _finish(config, dataset, device, split, learner, history: History, folder: Path, began: float) -> int:
-    """Judge the best parameters and write everything that is left to write."""
-    _write_history(folder, history.rows)
-    checkpoint.save(folder / "checkpoint.npz", learner.arrays(), config, dataset.class_names, dataset.name)
+def _finish(setting: Setting, history: History, folder: Path | None, began: float) -> None:
+    """Judge the best parameters and write everything that is left to write; metrics.json comes last."""
+    config, dataset, split, learner = setting.config, setting.dataset, setting.split, setting.learner
     val, test = learner.evaluate(split.val), learner.evaluate(split.test)
     noise = {sigma: learner.evaluate(split.test, sigma) if sigma else test for sigma in NOISE_SIGMA}
-    title = f"{config.model}{' fused' if config.fused else ''} on {dataset.name}"
+    if not folder:
+        return
+    run_folder.write_history(folder, history.rows)
+    checkpoint.save(folder / "checkpoint.npz", learner.arrays(), config, dataset.class_names, dataset.name)
     labelled = ([name, *row] for name, row in zip(dataset.class_names, test.confusion.tolist()))
-    _write_csv(folder / "confusion.csv", ["label \\ predicted", *dataset.class_names], labelled)
+    run_folder.write_csv(folder / "confusion.csv", ["label \\ predicted", *dataset.class_names], labelled)
+    title = setting.title
     plots.training(folder / "training.png", history.rows, history.best_epoch, title)
     plots.confusion(
         folder / "confusion.png", test.confusion, dataset.class_names, f"{title}: test accuracy {test.accuracy:.2%}"
@@ -136,7 +275,7 @@ def _finish(config, dataset, device, split, learner, history: History, folder: P
         "backend": config.backend,
         "fused": config.fused,
         "data": dataset.name,
-        "device": device.name,
+        "device": setting.device.name,
         "outcome": history.outcome,
         "epochs": len(history.rows),
         "best_epoch": history.best_epoch,
@@ -147,11 +286,10 @@ def _finish(config, dataset, device, split, learner, history: History, folder: P
         "test": test.summary(),
         "noise": {str(sigma): {"accuracy": e.accuracy, "macro_f1": e.macro_f1} for sigma, e in noise.items()},
     }
-    _write_json(folder / "metrics.json", metrics)
+    run_folder.write_json(folder / "metrics.json", metrics)
+    if history.outcome in ("finished", "stopped early"):
+        run_folder.forget_state(folder)
     _print_summary(metrics, val, test, noise, folder)
-    if history.outcome == "diverged":
-        print("error: the loss became NaN or infinite; try a lower --lr", file=sys.stderr)
-    return {"interrupted": 130, "diverged": 1}.get(history.outcome, 0)
 
 
 def _print_summary(metrics: dict, val: Evaluation, test: Evaluation, noise: dict, folder: Path) -> None:
@@ -164,51 +302,3 @@ def _print_summary(metrics: dict, val: Evaluation, test: Evaluation, noise: dict
     print(f"{'macro F1':12}" + "".join(f"{e.macro_f1:9.2%}" for e in noise.values()))
     per_epoch = metrics["seconds_per_epoch"]
     print((f"{per_epoch:.2f} s per epoch; " if per_epoch else "") + f"results in {folder}")
-
-
-def _refuse_used_folder(out: Path | None) -> None:
-    try:
-        used = out is not None and (out / "config.json").exists()
-    except OSError as error:
-        raise InputError(f"--out {out} cannot be used ({error.strerror}); give another folder") from None
-    if used:
-        raise InputError(f"--out {out} already holds a run; give another folder")
-
-
-def _make_folder(out: Path | None, config: Config, data_name: str) -> Path:
-    """Create the run's folder and see that it can be written."""
-    if out is None:
-        name = f"{config.model}{'-fused' if config.fused else ''}-{file_name(data_name)}"
-        out = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        while out.exists():  # another run of the same second
-            out = out.with_name(out.name + "x")
-    return make_folder(out)
-
-
-def _provenance(learner, dataset: data.Dataset, device) -> dict:
-    """The configuration, and what else decides the result."""
-    return asdict(learner.config) | {
-        **learner.provenance(),
-        "data_name": dataset.name,
-        "data_sha256": dataset.checksum,
-        "class_names": dataset.class_names,
-        "device_name": device.name,
-        "command": sys.argv,
-        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in learner.modules()},
-    }
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _write_history(folder: Path, rows: list[EpochRow]) -> None:
-    names = [field.name for field in fields(EpochRow)]
-    _write_csv(folder / "history.csv", names, ([getattr(row, name) for name in names] for row in rows))
-
-
-def _write_csv(path: Path, header, rows) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)

@@ -6,15 +6,17 @@ from functools import partial
 
 import numpy as np
 
-from . import InputError, forms, memory
+from . import InputError, faults, forms, memory
 from .configs import Config
 from .data import Dataset
 from .device import Device
+from .distributed import Job, SharedNorm
 from .evaluate import Evaluation
 from .loss import altered_images, class_weights
 from .model import MLP
 from .optim import STEPS_PER_RATE, optimizer
 from .products import select
+from .scratch_state import States, put
 from .sources import Epoch, Resident, Streamed
 from .step_graph import Graphs, Program, Recorded, Recorder, Replayer
 
@@ -29,14 +31,21 @@ class ScratchLearner:
     step is a CUDA graph, and a launch makes `steps_per_launch` of them; the order of the images, the place in it, the
     number of the step, the learning rate and the results stay there. Nothing here waits for the GPU but totals(),
     evaluate(), synchronize() and, where the data set does not fit into its memory, the next part of it.
+
+    Where it is one process of a job, each computes its part of every batch, and the gradients are added up: all have
+    the same parameters always.
     """
 
-    def __init__(self, config: Config, data: Dataset, device: Device, train_rows: int, products=None, plan=None):
+    def __init__(
+        self, config: Config, data: Dataset, device: Device, train_rows: int, products=None, plan=None, job=None
+    ):
         """products, plan: which matrix products, and in which forms; default: products.select()'s, not tuned."""
         self.config, self.device, self.classes = config, device, len(data.class_names)
+        self.job = job or Job()
         self.batch_size = config.batch_of(train_rows)
         self.sizes = (data.images.shape[1], *config.hidden, self.classes)
         self.products = products or select(config, device)
+        self.job.check_batches(train_rows, self.batch_size)
         workspace = self.products.workspace_bytes
         self.budget = memory.fit(config, device, self.sizes, len(data.labels), self.batch_size, workspace)
         self._check_norm(train_rows)
@@ -50,7 +59,7 @@ class ScratchLearner:
             raise InputError(f"the data and the model do not fit into the memory of {device.name}: {error}") from None
 
     def _check_norm(self, train_rows):
-        if self.config.batch_norm and self.batch_size > self.budget.rows:
+        if self.config.batch_norm and -(-self.batch_size // self.job.size) > self.budget.rows:
             raise InputError(
                 f"--batch-norm needs the whole batch at once, and of {self.batch_size:,} images the buffers hold "
                 f"{self.budget.rows:,}; give a smaller --batch-size or more memory"
@@ -63,16 +72,16 @@ class ScratchLearner:
         self.model = MLP(
             self.sizes, config.activation, rows=rows, xp=xp, ops=device.ops, products=self.products, plan=plan,
             recorder=self.recorder, seed=config.seed, norm=config.batch_norm, dropout=config.dropout,
+            shared_norm=SharedNorm(self.job, xp) if self.job.size > 1 else None,
         )  # fmt: skip
         self.optimizer = optimizer(config, self.model.parameters, xp, self.ops)
         self._steps = xp.zeros(1, np.float32) if self.optimizer.steps is None else self.optimizer.steps
-        # What is averaged from step to step, with its average.
-        self._averages = [(x, x.copy()) for x in self._states()] if config.ema else []
+        self.states = States(self.model, self.optimizer, self._steps, config.ema > 0.0)
         self._x, self._y = xp.empty((rows, self.sizes[0]), np.float32), xp.empty(rows, np.int32)
-        self._dlogits = xp.empty((rows, plan.columns(self.classes)), np.float32)
+        self.dlogits = xp.empty((rows, plan.columns(self.classes)), np.float32)
         # Loss and hits of the training epoch, the same of an evaluation, its confusion matrix: one copy reads all.
         self._results, self._read = xp.zeros(4 + self.classes**2, np.float64), None
-        self._totals, self._judged = self._results[:2], self._results[2:4]
+        self.loss_totals, self._judged = self._results[:2], self._results[2:4]
         self._confusion = self._results[4:].view(np.int64).reshape(self.classes, self.classes)
         self._offset, self._lr = xp.zeros(1, np.int64), xp.zeros(1, np.float32)
         self._at, self._rate = 0, 0.0  # what these two hold
@@ -80,11 +89,12 @@ class ScratchLearner:
         self._altered = altered_images(config)
         if self._altered:
             self._altered["draw"] = self._draw
-        self._sum = xp.empty_like(self.model.gradients) if self.batch_size > rows else None
+        # Of the chunks of a batch, and of the processes of a job.
+        self._sum = xp.empty_like(self.model.gradients) if self.batch_size > rows or self.job.size > 1 else None
         self.captures = device.kind == "cuda" and device.fused and self.products.captures
+        self.captures &= not (config.batch_norm and self.job.size > 1)  # whose processes talk to each other in a step
         self.steps_per_launch = STEPS_PER_LAUNCH if self.captures else 1
-        state = [*self._states(), self._results, self._offset, self._steps, *self.optimizer.state]
-        state += [average for _, average in self._averages]
+        state = [*self.states.arrays.values(), self._results, self._offset]
         state += [] if self._sum is None else [self._sum]
         self.replay = Replayer(self.recorder, Graphs(xp, state) if self.captures else None)
         if self.budget.window:
@@ -123,7 +133,7 @@ class ScratchLearner:
         if self.source.begin(self._training, index, shuffle):
             self.replay.forget()
         self._draw[...] = epoch or 0
-        self._totals[...] = 0
+        self.loss_totals[...] = 0
         self._read = None
 
     def train(self, start: int, stop: int, lr: float) -> None:
@@ -146,7 +156,7 @@ class ScratchLearner:
     def train_step(self, start: int, stop: int, lr: float) -> None:
         """One optimizer step on the epoch's images [start, stop)."""
         self._set_rate(lr)
-        if stop - start > len(self._x):
+        if self._sum is not None:
             self._accumulated_step(start, stop)
         else:
             for window, begin, end in self._windows(self._training, start, stop):
@@ -183,13 +193,15 @@ class ScratchLearner:
             self.replay(("step", rows, window.key), partial(self._whole_step, rows, window), repeats)
 
     def _accumulated_step(self, start, stop):
-        """One step on more rows than the buffers hold: the gradients of the chunks add up to those of the whole."""
-        scale = 1.0 / (stop - start)
+        """One step on more rows than the buffers hold, or on those of a job: the gradients of the chunks, and then
+        those of the processes, add up to those of the whole."""
+        scale, (first, end) = 1.0 / (stop - start), self.job.share(start, stop)
         with self.annotate("step"):
-            for window, begin, rows in self._chunks(self._training, start, stop):
-                row = begin - start if begin == start or self.config.dropout else 1  # only the first is another program
-                key = ("chunk", rows, window.key, scale, row)
-                self.replay(key, partial(self._chunk, rows, window, scale, row))
+            for window, begin, rows in self._chunks(self._training, first, end):
+                row = begin - start if self.config.dropout else 0  # all that a chunk's place in the batch decides
+                key = ("chunk", rows, window.key, scale, row, begin == first)
+                self.replay(key, partial(self._chunk, rows, window, scale, row, begin == first))
+            self.job.add(self._sum)
             self.replay(("update",), partial(self._update, self._sum))
 
     def programs(self) -> dict[str, Program]:
@@ -198,7 +210,7 @@ class ScratchLearner:
         window = self.source.window(self._training, 0)
         if self._sum is None:
             return {f"step of {rows:,} images": Program.of(self.recorder, partial(self._whole_step, rows, window))}
-        chunk = partial(self._chunk, rows, window, 1.0 / self.batch_size, 0)
+        chunk = partial(self._chunk, rows, window, 1.0 / self.batch_size, 0, True)
         return {
             f"chunk of {rows:,} of {self.batch_size:,} images": Program.of(self.recorder, chunk),
             "update after the last chunk": Program.of(self.recorder, partial(self._update, self._sum)),
@@ -214,20 +226,21 @@ class ScratchLearner:
         self.recorder.join()
         self._update(self.model.gradients)
 
-    def _chunk(self, rows, window, scale, row):
+    def _chunk(self, rows, window, scale, row, first):
         x, labels = self._gather(rows, window, **self._altered)
-        self._advance(rows, None if row else self._steps)
+        self._advance(rows, self._steps if first else None)
         self._gradients(x, labels, scale, row)
         self.recorder.join()
-        if row:
-            self._arrays.add(self._sum, self.model.gradients, out=self._sum)
-        else:
+        if first:
             self._arrays.copyto(self._sum, self.model.gradients)
+        else:
+            self._arrays.add(self._sum, self.model.gradients, out=self._sum)
 
     def _update(self, gradients):
         with self.recorder.phase("optimizer"):
             self.optimizer.step(self.model.parameters, gradients, self._lr)
-            for values, average in self._averages:
+            for name, average in self.states.averages.items():
+                values = self.states.judged[name]
                 self.ops.average_step(average, values, decay=self.config.ema, step=self._steps)
 
     def _judge(self, rows, window, noise_sigma):
@@ -236,7 +249,7 @@ class ScratchLearner:
         logits = self.model.forward(x)
         with self.recorder.phase("loss"):
             self.ops.softmax_cross_entropy(
-                logits, labels, out=self._dlogits[:rows], totals=self._judged, confusion=self._confusion,
+                logits, labels, out=self.dlogits[:rows], totals=self._judged, confusion=self._confusion,
                 classes=self.classes,
             )  # fmt: skip
 
@@ -259,10 +272,10 @@ class ScratchLearner:
 
     def _gradients(self, x, labels, scale, row=0):
         logits = self.model.forward(x, training=True, step=self._steps, row=row)
-        dlogits = self._dlogits[: len(x)]
+        dlogits = self.dlogits[: len(x)]
         with self.recorder.phase("loss"):
             self.ops.softmax_cross_entropy(
-                logits, labels, scale, out=dlogits, totals=self._totals, classes=self.classes, **self._loss_options,
+                logits, labels, scale, out=dlogits, totals=self.loss_totals, classes=self.classes, **self._loss_options,
             )  # fmt: skip
         self.model.backward(x, dlogits)
 
@@ -274,52 +287,80 @@ class ScratchLearner:
 
     def totals(self) -> tuple[float, int]:
         """Sum of the row losses and number of correct rows since begin_epoch(). Waits for the GPU."""
-        loss, correct = self._results_on_host()[:2]
+        loss, correct = self.job.total(self._results_on_host()[:2])
         return float(loss), int(correct)
 
     def evaluate(self, index: np.ndarray, noise_sigma: float = 0.0) -> Evaluation:
         """Loss and confusion matrix on the images `index`, with Gaussian noise added to the [0, 1] pixels. What it
         copies from the GPU holds the training epoch's totals as well."""
-        if self.source.begin(self._judging, index):
+        begin, end = self.job.share(0, len(index))
+        if self.source.begin(self._judging, index[begin:end]):
             self.replay.forget()
         self._results[2:] = 0
         with self.annotate("validation"), self._averaged():
-            for window, _, rows in self._chunks(self._judging, 0, len(index)):
+            for window, _, rows in self._chunks(self._judging, 0, end - begin):
                 key = ("evaluate", rows, window.key, noise_sigma)
                 self.replay(key, partial(self._judge, rows, window, noise_sigma))
         results = self._results_on_host()
-        confusion = results[4:].view(np.int64).reshape(self.classes, self.classes)
-        return Evaluation(float(results[2]) / len(index), confusion)
+        confusion = self.job.total(results[4:].view(np.int64)).reshape(self.classes, self.classes)
+        return Evaluation(float(self.job.total(results[2:4])[0]) / len(index), confusion)
 
     def _results_on_host(self):
         if self._read is None:
             self._read = np.array(self.device.numpy(self._results))
         return self._read
 
-    def _states(self) -> list:
-        """The flat arrays that make the model what it is."""
-        return [self.model.parameters] + [self.model.running] * self.config.batch_norm
-
     @contextmanager
     def _averaged(self):
         """The averages, if there are any, in the place of what they are averages of."""
-        kept = [values.copy() for values, _ in self._averages]
-        for values, average in self._averages:
-            values[...] = average
+        states = self.states
+        kept = {name: states.judged[name].copy() for name in states.averages}
+        put(states.judged, states.averages)
         yield
-        for (values, _), before in zip(self._averages, kept):
-            values[...] = before
+        put(states.judged, kept)
 
-    def snapshot(self):
+    # ---- state
+
+    def snapshot(self) -> dict:
         """A copy of what is judged, on the device: the parameters and running statistics, or their averages."""
-        return [average.copy() for _, average in self._averages] or [values.copy() for values in self._states()]
+        return {name: x.copy() for name, x in (self.states.averages or self.states.judged).items()}
 
     def restore(self, snapshot) -> None:
         """Take back what snapshot() gave."""
-        for values, kept in zip(self._states(), snapshot):
-            values[...] = kept
-        for (_, average), kept in zip(self._averages, snapshot):
-            average[...] = kept
+        put(self.states.judged, snapshot)
+        put(self.states.averages, snapshot)
+
+    def state(self) -> dict:
+        """A copy, on the device, of all that a step leaves for the next, and of the epoch's totals by process."""
+        return {name: x.copy() for name, x in self.states.arrays.items()} | {"totals": self.job.gather(self.loss_totals)}
+
+    def load_state(self, state) -> None:
+        """Go on, in an epoch that has begun, from where state() was called."""
+        put(self.states.arrays, state)
+        self.loss_totals[...] = self.job.own(state["totals"])
+        self._read = None
+
+    def is_finite(self) -> bool:
+        """Whether there is no NaN and no infinity in the state. Waits for the GPU."""
+        xp = self.device.xp
+        return bool(xp.stack([xp.isfinite(x).all() for x in (*self.states.arrays.values(), self.loss_totals)]).all())
+
+    def to_host(self, state) -> dict[str, np.ndarray]:
+        """What state() or snapshot() gave, in arrays on the host that are named as those of arrays()."""
+        return self.states.to_host(state, self.device)
+
+    def from_host(self, named) -> dict:
+        """What to_host() was given."""
+        return self.states.from_host(named, self.device)
+
+    def could_have(self, name: str, array: np.ndarray) -> bool:
+        """Whether an array that a fresh state has not may be in a later one."""
+        return False
+
+    def first_fault(self, start: int, stop: int, lr: float) -> str:
+        """Make the step on the epoch's images [start, stop), and say what in it became NaN or infinite first; "" where
+        nothing did."""
+        return faults.of_scratch(self, start, stop, lr)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """On the host: weight0 (in, out), bias0 (out,), weight1, ...; with batch normalisation also norm_weight0,

@@ -82,6 +82,8 @@ class Objective:
             history = fit(learner, self.split, config, TrialReporter(trial, self.check, self.show))
         if history.outcome == "interrupted":
             raise KeyboardInterrupt
+        if history.outcome == "terminated":
+            sys.exit(128 + signal.SIGTERM)
         trial.set_user_attr("outcome", history.outcome)
         trial.set_user_attr("kept_epoch", history.best_epoch)
         if history.outcome == "diverged":

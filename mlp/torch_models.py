@@ -1,5 +1,6 @@
 """The models in PyTorch, as the training loop sees them: what ours are compared and timed with, and M2 and M3."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,10 +10,11 @@ from torch import nn
 import kernels
 from kernels import plain, torch_ops
 
-from . import InputError
+from . import InputError, faults
 from .configs import Config
 from .data import Dataset
 from .device import check_kernels, cpu_name
+from .distributed import Job, local_rank
 from .evaluate import Evaluation
 from .loss import altered_images, class_weights
 from .model import initial_weights
@@ -43,6 +45,10 @@ def select(kind: str, fused: bool) -> TorchDevice:
     if kind == "cuda" and not torch.cuda.is_available():
         raise InputError("torch finds no GPU; install a torch built for CUDA on a machine with one, or use the CPU")
     kind = "cuda" if kind != "cpu" and torch.cuda.is_available() else "cpu"
+    if kind == "cuda":
+        if local_rank() >= torch.cuda.device_count():
+            raise InputError(f"process {local_rank()} has no GPU of its own; start one process per GPU, or take the CPU")
+        torch.cuda.set_device(local_rank())
     if fused:
         check_kernels(kind)
     return TorchDevice(kind, torch.cuda.get_device_name() if kind == "cuda" else cpu_name())
@@ -59,7 +65,25 @@ class FusedLinear(nn.Linear):
         return torch_ops.bias_act(x @ self.weight.T, self.bias, self.activation)
 
 
-def _layer(weight, config: Config, last: bool) -> nn.Sequential:
+class SharedBatchNorm(nn.BatchNorm1d):
+    """Batch normalisation over a batch of which each process of a job has a part, as nn.SyncBatchNorm, which needs
+    GPUs: the sums over all rows go through autograd."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        total = torch.distributed.nn.functional.all_reduce
+        rows = total(x.new_tensor([float(len(x))]))
+        mean = total(x.sum(dim=0)) / rows
+        var = total((x - mean).square().sum(dim=0)) / rows
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (rows / (rows - 1.0).clamp(min=1.0)), self.momentum)
+            self.num_batches_tracked += 1
+        return (x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
+
+
+def _layer(weight, config: Config, last: bool, norm_of=nn.BatchNorm1d) -> nn.Sequential:
     """Of a weight (in, out): a linear module first, and what follows it."""
     n_in, n_out = weight.shape
     norm = config.batch_norm and not last
@@ -68,7 +92,7 @@ def _layer(weight, config: Config, last: bool) -> nn.Sequential:
         follow = []
     else:  # skip_init leaves torch's generator alone
         linear = nn.utils.skip_init(nn.Linear, n_in, n_out, bias=not norm)
-        follow = [nn.BatchNorm1d(n_out)] * norm + ([] if last else [ACTIVATIONS[config.activation]()])
+        follow = [norm_of(n_out)] * norm + ([] if last else [ACTIVATIONS[config.activation]()])
     if config.dropout and not last:
         follow.append(nn.Dropout(config.dropout))
     with torch.no_grad():
@@ -78,10 +102,11 @@ def _layer(weight, config: Config, last: bool) -> nn.Sequential:
     return nn.Sequential(linear, *follow)
 
 
-def sequential(sizes, config: Config) -> nn.Sequential:
+def sequential(sizes, config: Config, processes: int = 1) -> nn.Sequential:
     """A module per layer, with the initial weights of model.MLP."""
-    weights = list(initial_weights(sizes, config.seed))
-    return nn.Sequential(*(_layer(w, config, last=number == len(weights)) for number, w in enumerate(weights, 1)))
+    weights, norm_of = list(initial_weights(sizes, config.seed)), SharedBatchNorm if processes > 1 else nn.BatchNorm1d
+    layers = (_layer(w, config, number == len(weights), norm_of) for number, w in enumerate(weights, 1))
+    return nn.Sequential(*layers)
 
 
 def optimizer(config: Config, parameters) -> torch.optim.Optimizer:
@@ -99,6 +124,8 @@ class TorchLearner:
 
     With config.fused the activations, the loss, Adam and the gather of batches are our kernels; with config.compile
     torch.compile makes one graph of the forward pass and the loss (and, with it, the backward pass).
+    Where it is one process of a job, each computes its part of every batch, and DistributedDataParallel averages the
+    gradients. What a step drops follows from the seed, the number of the step and the process.
     Nothing here waits for the GPU but totals() and evaluate(). InputError where there is no GPU for "cuda".
     """
 
@@ -106,24 +133,26 @@ class TorchLearner:
     chunk_rows = 16384  # a larger batch is computed in chunks of so many rows
     notice = ""
 
-    def __init__(self, config: Config, data: Dataset, kind: str, train_rows: int):
+    def __init__(self, config: Config, data: Dataset, kind: str, train_rows: int, job: Job | None = None):
         self.config, self.classes, self.compiled = config, len(data.class_names), config.compile
+        self.job = job or Job()
         self.device = torch.device(select(kind, config.fused).kind)
         self.batch_size = config.batch_of(train_rows)
+        self.job.check_batches(train_rows, self.batch_size)
         if config.batch_norm and 1 in (self.batch_size, train_rows % self.batch_size):
             raise InputError(
                 f"--batch-norm has no statistics of a single image, which the last batch of {train_rows:,} would be; "
                 "give another --batch-size"
             )
-        if config.batch_norm and self.batch_size > self.chunk_rows:
+        if config.batch_norm and -(-self.batch_size // self.job.size) > self.chunk_rows:
             raise InputError(f"--batch-norm takes batches of at most {self.chunk_rows:,} images; give a --batch-size")
         self.images = torch.from_numpy(data.images).to(self.device)
         # Our kernels take int32, torch's loss int64.
         self.labels = torch.from_numpy(data.labels).to(self.device, torch.int32 if config.fused else torch.int64)
         sizes = (data.images.shape[1], *config.hidden, self.classes)
-        self.model = sequential(sizes, config).to(self.device)
-        if config.dropout:
-            torch.manual_seed(config.seed)
+        self.model = self.parallel = sequential(sizes, config, self.job.size).to(self.device)
+        if self.job.size > 1:
+            self.parallel = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
         self.optimizer = optimizer(config, self.model.parameters())
         weights = class_weights(data.labels, config, train_rows)
         self.class_weights = None if weights is None else torch.from_numpy(weights).to(self.device)
@@ -132,7 +161,7 @@ class TorchLearner:
         self.forward_loss = torch.compile(self._forward_loss, dynamic=False) if compile else self._forward_loss
         self.averages = self._copies() if config.ema else None
         self.steps = 0
-        self._totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.loss_totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._host = data.images, data.labels
         self._order, self._altered = None, altered_images(config)
         self._draw = torch.zeros(1, dtype=torch.int64, device=self.device)  # the epoch, see ScratchLearner
@@ -159,7 +188,7 @@ class TorchLearner:
             order = plain.shuffle(order, seed=self.config.seed, epoch=epoch)
         self._order = order.to(torch.int32)
         self._draw.fill_(epoch or 0)
-        self._totals.zero_()
+        self.loss_totals.zero_()
 
     def train(self, start: int, stop: int, lr: float) -> None:
         """An optimizer step on each batch of the epoch's images [start, stop)."""
@@ -169,18 +198,23 @@ class TorchLearner:
     def train_step(self, start: int, stop: int, lr: float) -> None:
         """One optimizer step on the images order[start:stop]."""
         self.optimizer.zero_grad(set_to_none=True)
-        for begin in range(start, stop, self.chunk_rows):
-            part = self._order[begin : min(begin + self.chunk_rows, stop)]
-            x, labels = self.gather(part, **self._altered)
-            loss = self.forward_loss(x, labels)
-            loss.backward(loss.new_full((), len(x) / (stop - start)))  # the chunk's share of the batch's mean
+        if self.config.dropout:
+            torch.manual_seed((self.config.seed * 2**32 + self.steps * self.job.size + self.job.rank) % 2**63)
+        first, last = self.job.share(start, stop)
+        for begin in range(first, last, self.chunk_rows):
+            end = min(begin + self.chunk_rows, last)
+            x, labels = self.gather(self._order[begin:end], **self._altered)
+            with nullcontext() if end == last or self.job.size == 1 else self.parallel.no_sync():
+                loss = self.forward_loss(x, labels)
+                # The chunk's share of the batch's mean; what the processes have is averaged.
+                loss.backward(loss.new_full((), len(x) * self.job.size / (stop - start)))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.steps += 1
         if self.averages is not None:
             decay = min(self.config.ema, (1.0 + self.steps) / (10.0 + self.steps))
-            torch._foreach_lerp_(self.averages, self._states(), 1.0 - decay)
+            torch._foreach_lerp_(list(self.averages.values()), list(self._states().values()), 1.0 - decay)
 
     def gather(self, index, *, draw=None, **altered):
         """The images and labels at `index` (B,): float32 (B, 784) and integers (B,). draw, altered: see
@@ -198,7 +232,7 @@ class TorchLearner:
         return torch.from_numpy(x).to(self.device), labels
 
     def _forward_loss(self, x, labels):
-        return self.loss(self.model(x), labels, self._totals, self.config.label_smoothing, self.class_weights)
+        return self.loss(self.parallel(x), labels, self.loss_totals, self.config.label_smoothing, self.class_weights)
 
     def loss(self, logits, labels, totals, smoothing=0.0, weights=None):
         """The mean loss; the sum of the losses and the number of hits are added to `totals`."""
@@ -220,14 +254,15 @@ class TorchLearner:
 
     def totals(self) -> tuple[float, int]:
         """Sum of the row losses and number of correct rows since begin_epoch(). Waits for the GPU."""
-        loss, correct = self._totals.tolist()
-        return loss, int(correct)
+        loss, correct = self.job.total(self.loss_totals.cpu().numpy())
+        return float(loss), int(correct)
 
     @torch.no_grad()
     def evaluate(self, index: np.ndarray, noise_sigma: float = 0.0) -> Evaluation:
         """Loss and confusion matrix on the images `index`, with Gaussian noise added to the [0, 1] pixels."""
-        index = torch.from_numpy(index).to(self.device, torch.int32)
-        totals = torch.zeros_like(self._totals)
+        count, (begin, end) = len(index), self.job.share(0, len(index))
+        index = torch.from_numpy(index[begin:end]).to(self.device, torch.int32)
+        totals = torch.zeros_like(self.loss_totals)
         confusion = torch.zeros(self.classes**2, dtype=torch.int64, device=self.device)
         kept = None if self.averages is None else self._copies()
         self._take(self.averages)
@@ -239,30 +274,86 @@ class TorchLearner:
             self.loss(logits, labels, totals)
         self._take(kept)
         self.model.train()
-        matrix = confusion.cpu().numpy().reshape(self.classes, self.classes)
-        return Evaluation(float(totals[0]) / len(index), matrix)
+        matrix = self.job.total(confusion.cpu().numpy()).reshape(self.classes, self.classes)
+        return Evaluation(float(self.job.total(totals.cpu().numpy())[0]) / count, matrix)
 
-    def _states(self) -> list[torch.Tensor]:
+    def _states(self) -> dict[str, torch.Tensor]:
         """The tensors that make the model what it is: parameters and running statistics."""
-        return [x.detach() for x in self.model.state_dict().values() if x.is_floating_point()]
+        return {name: x.detach() for name, x in self.model.state_dict().items() if x.is_floating_point()}
 
-    def _copies(self) -> list[torch.Tensor]:
-        return [x.clone() for x in self._states()]
+    def _copies(self) -> dict[str, torch.Tensor]:
+        return {name: x.clone() for name, x in self._states().items()}
 
     @torch.no_grad()
     def _take(self, values) -> None:
         if values is not None:
-            torch._foreach_copy_(self._states(), values)
+            torch._foreach_copy_(list(self._states().values()), list(values.values()))
 
-    def snapshot(self) -> list[torch.Tensor]:
+    def snapshot(self) -> dict[str, torch.Tensor]:
         """A copy of what is judged, on the device: the parameters and running statistics, or their averages."""
-        return self._copies() if self.averages is None else [x.clone() for x in self.averages]
+        return self._copies() if self.averages is None else _clones(self.averages)
 
     def restore(self, snapshot) -> None:
         """Take back what snapshot() gave."""
         self._take(snapshot)
         if self.averages is not None:
-            self.averages = [x.clone() for x in snapshot]
+            self.averages = _clones(snapshot)
+
+    def _moments(self) -> dict[str, torch.Tensor]:
+        """The tensors of the optimizer, by the number of the parameter and torch's name."""
+        state = self.optimizer.state_dict()["state"]
+        return {f"optimizer/{number}/{name}": x for number, of in state.items() for name, x in of.items()
+                if x is not None}  # fmt: skip
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """A copy, on the device, of all that a step leaves for the next, and of the epoch's totals by process."""
+        averages = {f"average/{name}": x for name, x in (self.averages or {}).items()}
+        model = {f"model/{name}": x for name, x in self._states().items()}
+        totals = self.job.gather(self.loss_totals.cpu().numpy())
+        steps = {"steps": torch.tensor(self.steps), "totals": torch.from_numpy(totals)}
+        return _clones(model | self._moments() | averages) | steps
+
+    def load_state(self, state) -> None:
+        """Go on, in an epoch that has begun, from where state() was called."""
+        def part(prefix):
+            return {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+
+        self._take(part("model/"))
+        if self.averages is not None:
+            self.averages = _clones(part("average/"))
+        moments = {}
+        for name, x in part("optimizer/").items():
+            number, _, kind = name.partition("/")
+            moments.setdefault(int(number), {})[kind] = x.clone()
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        self.steps = int(state["steps"])
+        self.loss_totals.copy_(torch.from_numpy(self.job.own(state["totals"].numpy())))
+
+    def is_finite(self) -> bool:
+        """Whether there is no NaN and no infinity in the state. Waits for the GPU."""
+        tensors = *self._states().values(), *self._moments().values(), *(self.averages or {}).values(), self.loss_totals
+        return bool(torch.stack([x.isfinite().all().to(self.device) for x in tensors]).all())
+
+    def to_host(self, state) -> dict[str, np.ndarray]:
+        """What state() or snapshot() gave as arrays on the host, by torch's names."""
+        return {name: x.cpu().numpy() for name, x in state.items()}
+
+    def from_host(self, named) -> dict[str, torch.Tensor]:
+        """What to_host() was given."""
+        where = {name: "cpu" if name in ("steps", "totals") else self.device for name in named}
+        return {name: torch.from_numpy(x).to(where[name]) for name, x in named.items()}
+
+    def could_have(self, name: str, array: np.ndarray) -> bool:
+        """Whether an array that a fresh state has not may be in a later one: the optimizer makes its own as it goes."""
+        kind, _, place = name.partition("/")
+        number, parameters = place.partition("/")[0], list(self.model.parameters())
+        of = number.isdecimal() and int(number) < len(parameters) and tuple(parameters[int(number)].shape)
+        return kind == "optimizer" and array.shape in ((), of)
+
+    def first_fault(self, start: int, stop: int, lr: float) -> str:
+        """Make the step on the epoch's images [start, stop), and say what in it became NaN or infinite first; "" where
+        nothing did."""
+        return faults.of_torch(self, start, stop, lr)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays of ScratchLearner.arrays(), on the host."""
@@ -275,3 +366,7 @@ class TorchLearner:
                 norms[f"norm_weight{layer}"] = norm.weight
                 norms |= {f"norm_mean{layer}": norm.running_mean, f"norm_var{layer}": norm.running_var}
         return {name: np.ascontiguousarray(x.detach().cpu().numpy()) for name, x in (named | norms).items()}
+
+
+def _clones(tensors: dict) -> dict:
+    return {name: x.clone() for name, x in tensors.items()}

@@ -88,6 +88,8 @@ def test_every_field_is_read():
     sources = [path for path in (ROOT / "mlp").glob("*.py") if path.name != "configs.py"]
     assert len(sources) > 5
     read = set().union(*(fields_read(Path(path).read_text(encoding="utf-8")) for path in sources))
+    assert {"batch_size", "model"} & read == {"model"} and Config.batch_of  # which reads batch_size for all
+    read.add("batch_size")
     assert {field.name for field in dataclasses.fields(Config)} - read == set()
 
 

@@ -12,7 +12,8 @@ from kernels import host
 from mlp import configs, loop
 from mlp.data import Split, stratified_split
 from mlp.evaluate import Evaluation
-from mlp.loop import EpochRow, Reporter, fit
+from mlp.loop import Reporter, fit
+from mlp.progress import EpochRow
 from mlp.scratch import ScratchLearner
 
 from .training import BACKENDS, all_rows, cpu, easy_dataset

@@ -190,7 +190,7 @@ def test_the_average_of_the_parameters_is_that_of_the_formula():
             each.train_step(0, 100, each.config.lr)
         average += (1.0 - min(0.8, (1.0 + step) / (10.0 + step))) * (bare.model.parameters - average)
     assert np.array_equal(ours.model.parameters, bare.model.parameters)
-    assert close(ours.snapshot()[0], average, 1e-6)
+    assert close(ours.snapshot()["parameters"], average, 1e-6)
 
 
 def test_every_epoch_has_its_own_noise_and_maps():

@@ -61,8 +61,8 @@ def test_bytes_count_what_is_allocated():
         ours = ScratchLearner(config(memory_limit=limit, fused=True), images, cpu("fused", 512), 14_000)
         model, source = ours.model, ours.source
         slots = [(s.images, s.labels) for s in getattr(source, "_slots", [])] or [(source.images, source.labels)]
-        arrays = [model.parameters, model.gradients, ours._x, ours._y, ours._dlogits, ours._results]
-        arrays += [*model._z, *model._dy, *ours.optimizer.state, *(array for pair in slots for array in pair)]
+        arrays = [model.parameters, model.gradients, ours._x, ours._y, ours.dlogits, ours._results]
+        arrays += [*model._z, *model._dy, *ours.optimizer.moments.values(), *(array for pair in slots for array in pair)]
         used = sum(array.nbytes for array in arrays)
         assert used <= ours.budget.needed - memory.SLACK
         assert ours.budget.needed - memory.SLACK <= 1.5 * used

@@ -47,8 +47,7 @@ def trained(learner):
     rows = fit(learner, SPLIT, learner.config).rows
     numbers = [[row.train_loss, row.train_accuracy, row.val_loss, row.val_accuracy] for row in rows]
     judged = learner.evaluate(SPLIT.test, 0.3)
-    state = [*learner._states(), *learner.optimizer.state, judged.confusion, np.array(judged.cross_entropy)]
-    return [np.array(numbers), *state, *(average for _, average in learner._averages)]
+    return [np.array(numbers), *learner.states.arrays.values(), judged.confusion, np.array(judged.cross_entropy)]
 
 
 def assert_equal_runs(one, other):
@@ -149,7 +148,7 @@ def test_a_capture_leaves_the_state_as_it_was(monkeypatch):
     learner = ScratchLearner(config(), DATA, gpu.device, ROWS, gpu.products)
     learner.begin_epoch(SPLIT.train, 1)
     learner.train(0, 64, 0.01)
-    state = [learner.model.parameters, learner._results, learner._offset, *learner.optimizer.state]
+    state = [learner.model.parameters, learner._results, learner._offset, *learner.optimizer.moments.values()]
     before = [np.array(array) for array in state]
     program = next(iter(learner.programs().values()))
     learner.replay.graphs.capture(program, 3)
