@@ -42,6 +42,8 @@ def _eight_bits(image):
 
     values = np.asarray(image, np.float64)
     low, high = values.min(), values.max()
+    if not np.isfinite(high - low):
+        raise ValueError("it has NaN or infinite pixels")
     return Image.fromarray(np.round(255 * (values - low) / max(high - low, 1e-300)).astype(np.uint8))
 
 
