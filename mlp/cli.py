@@ -1,8 +1,16 @@
 """What the command lines share."""
 
 import argparse
+import io
+import sys
 
 from . import InputError
+
+
+def accept_any_text() -> None:
+    """Let prints go on where the terminal has no such character, or the name of a file is no text."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class Parser(argparse.ArgumentParser):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlp import InputError, emnist, glyphs
+from mlp import InputError, emnist, glyphs, printable
 
 SIDE = 28
 PIXELS = SIDE * SIDE
@@ -135,7 +135,7 @@ def _load_folder(folder: Path) -> Dataset:
             f"{folder} is not a readable folder ({getattr(error, 'strerror', error)}), expected a folder of "
             "images or one of auto, emnist, glyphs and glyphs:N; correct the name"
         ) from None
-    name = folder.resolve().name
+    name = printable(folder.resolve().name)
     pairs = _idx_pairs(folder, files)
     arrays = folder / "X_images.npy", folder / "y_images.npy"
     if any(path in files for path in arrays):
@@ -266,9 +266,8 @@ def _read_npy(image_path: Path, label_path: Path) -> tuple[np.ndarray, np.ndarra
     for path in (image_path, label_path):
         try:
             _refuse_pipe(path)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of odd headers; what is wrong raises
-                # Mapped, so that a header which promises more than there is takes no memory.
+            # Mapped, so that a header which promises more than there is takes no memory. What is wrong with it raises.
+            with warnings.catch_warnings(action="ignore"):
                 arrays.append(np.lib.format.open_memmap(path, mode="r"))
         except FileNotFoundError:
             raise InputError(f"{path} is missing, expected beside its partner; add that file") from None

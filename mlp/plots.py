@@ -20,6 +20,8 @@ def new_figure(*args, **kwargs):
 
 def save(figure, path: Path) -> None:
     """Write a figure; InputError for a file that cannot be written or a format that matplotlib does not know."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, expected the name of a picture; give one, such as picture.png")
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
