@@ -2,14 +2,12 @@
 
 import math
 import numbers
-import sys
 
 import numpy as np
 
 FLOAT32, FLOAT64, INT32, INT64, UINT8, UINT16 = map(
     np.dtype, (np.float32, np.float64, np.int32, np.int64, np.uint8, np.uint16)
 )
-_LARGEST = sys.float_info.max  # whole numbers may be larger than any float
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh")
 
 
@@ -72,7 +70,11 @@ def check_number(name, value, low=-math.inf, high=math.inf):
     """Raise unless low <= value < high (value finite)."""
     if type(value) is not float and not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not low <= value < high or not -_LARGEST <= value <= _LARGEST:
+    try:
+        possible = low <= value < high and math.isfinite(value)
+    except OverflowError:  # a whole number larger than any float
+        possible = False
+    if not possible:
         raise ValueError(f"{name} must be a finite number in [{low:g}, {high:g}), got {value!r}")
 
 
