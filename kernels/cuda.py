@@ -149,8 +149,8 @@ def _zeros(device: int, stream: int, thread: int, count: int):
     cupy = _cupy()
     if cupy.cuda.get_current_stream().is_capturing():
         raise RuntimeError(
-            "the current stream is being captured, and this op has not run on it before, expected its scratch memory to "
-            "be there; run the op once on this stream before capturing"
+            "the current stream is being captured, and this op has not run on it before, expected its scratch memory "
+            "to be there; run the op once on this stream before capturing"
         )
     return cupy.zeros(count, np.uint32)
 
@@ -159,7 +159,7 @@ def counters(count: int):
     """At least `count` zeros for is_last_block, which leaves them zero.
 
     One array per device, stream and thread: with CUDA's per-thread default stream, threads share a pointer.
-    RuntimeError where they would be made while the stream is being captured: the graph would zero them, and nobody else.
+    RuntimeError where they would be made while the stream is being captured: only the graph would zero them.
     """
     cupy = _cupy()
     count = -(-count // _COUNTERS) * _COUNTERS

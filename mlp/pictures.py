@@ -37,7 +37,7 @@ def read(path: Path) -> np.ndarray:
 
 
 def _eight_bits(image):
-    """A grey picture of 16 or 32 bits, from its darkest pixel to its brightest, reduced if it is larger than LARGEST."""
+    """A grey picture of 16 or 32 bits, from its darkest pixel to its brightest; one larger than LARGEST is reduced."""
     from PIL import Image
 
     image = image.convert("F")

@@ -1,7 +1,7 @@
 """Fuzzes what reads files of others, guided by coverage: python -m tests.fuzz --seconds 60 [--seed S] [--out FILE.json]
 
-Atheris (libFuzzer for Python) changes small valid files and keeps what reaches new code. A reader may do two things with
-any bytes: succeed, or raise InputError with one line that names the file. All else is a failure: other exceptions,
+Atheris (libFuzzer for Python) changes small valid files and keeps what reaches new code. A reader may do two things
+with any bytes: succeed, or raise InputError with one line that names the file. All else is a failure: other exceptions,
 warnings, a hang of 10 s, 2 GB of memory. Its input is kept in `fuzz-failures`, beside FILE.json.
 
 A further reader is a further function in READERS.
@@ -84,15 +84,15 @@ def npy_reader() -> Reader:
         "y_images.npy": _npy(np.arange(2)),
     }
     writers = [
-        functools.partial(_write, {name: (bytes if name == changed else lambda _, name=name: pair[name]) for name in pair})
-        for changed in pair
+        functools.partial(_write, {other: lambda _, other=other: pair[other], changed: bytes})
+        for changed, other in (pair, reversed(pair))
     ]
     write, seeds = forms(writers, list(pair.values()))
     return Reader(lambda folder, content: (write(folder, content), data.load(folder)), seeds)
 
 
 def checkpoint_reader() -> Reader:
-    """A checkpoint that is changed, and where it is a zip file, members that are: their checksums would hide the rest."""
+    """A changed checkpoint, and where it is a zip file, changed members with checksums to match: else none gets far."""
     arrays = {"weight0": np.ones((3, 2), np.float32), "bias0": np.zeros(2, np.float32)}
     with tempfile.TemporaryDirectory(dir=fast_folder()) as folder:
         path = Path(folder) / "checkpoint.npz"

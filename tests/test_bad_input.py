@@ -1,4 +1,4 @@
-"""What cannot be used ends in one sentence, and nothing is written: an overview, by kind, of what people and files bring.
+"""What cannot be used ends in one sentence, and nothing is written: an overview by kind.
 
 A row says what is done and the whole sentence; "…" in it stands for what the system, NumPy or Pillow have to say.
 """
@@ -148,8 +148,8 @@ def with_pixel(value) -> bytes:
 
 def png(width, height, *others) -> bytes:
     """A PNG of one bit per pixel with few of its pixels, and other chunks before them."""
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)), *others, (b"IDAT", zlib.compress(b"\0")),
-              (b"IEND", b"")]  # fmt: skip
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)), *others,
+              (b"IDAT", zlib.compress(b"\0")), (b"IEND", b"")]  # fmt: skip
     packed = (struct.pack(">I", len(c)) + name + c + struct.pack(">I", zlib.crc32(name + c)) for name, c in chunks)
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
@@ -278,9 +278,11 @@ GIVE_PICTURE, AGAIN = "give a PNG, a JPEG or the like", "copy or download it aga
 NOT_NPY = "data/X_images.npy is not a plain .npy array (…); save it again"
 NO_CHECKPOINT = "c.npz is not a readable checkpoint (…); give …"
 IMAGES, LABELS = f"data/toy{data.IMAGES}", f"data/toy{data.LABELS}"
-X_SHAPES, Y_LIKE = "expected uint8 (N, 28, 28) or (N, 784); convert it", "one for each image of X_images.npy; convert it"
-UNREADABLE, NO_RUN = "picture.png is not a readable picture (…); " + GIVE_PICTURE, "run is damaged or not a run of this program"
-TRAIN_IMAGES = emnist.FILES[0][0]
+X_SHAPES = "expected uint8 (N, 28, 28) or (N, 784); convert it"
+Y_LIKE = "one for each image of X_images.npy; convert it"
+UNREADABLE = "picture.png is not a readable picture (…); " + GIVE_PICTURE
+NO_RUN = "run is damaged or not a run of this program"
+TRAIN_IMAGES, TRAIN_LABELS = emnist.FILES[0]
 HUGE = 2**32 - 1
 
 KINDS = [
@@ -311,8 +313,8 @@ KINDS = [
          "the following arguments are required: picture (see --help)"),
     # ---- files
     Kind("files", "a folder that is not there", train_with(),
-         "nowhere is not a readable folder (…), expected a folder of images or one of auto, emnist, glyphs and glyphs:N; "
-         "correct the name"),
+         "nowhere is not a readable folder (…), expected a folder of images or one of auto, emnist, glyphs and "
+         "glyphs:N; correct the name"),
     Kind("files", "a name of two lines", mlp_with("explore", "--data", "no\nwhere"),
          "no\\nwhere is not a readable folder (…), expected a folder of images or one of auto, emnist, glyphs and "
          "glyphs:N; correct the name"),
@@ -366,7 +368,8 @@ KINDS = [
          "z must be a NumPy, CuPy or torch array, got list", TypeError),
     Kind("types", "a list among arrays", call("bias_act", f(4, 6), [0.5] * 6),
          "bias must be a numpy array like the others, got list", TypeError),
-    Kind("types", "text for a number", call("sgd_step", f(6), f(6), lr="0.1"), "lr must be a number, got str", TypeError),
+    Kind("types", "text for a number", call("sgd_step", f(6), f(6), lr="0.1"),
+         "lr must be a number, got str", TypeError),
     Kind("types", "a fraction for a whole number", call("advance", np.zeros(1, np.int64), 0.5),
          "by must be a whole number, got float", TypeError),
     Kind("types", "an activation that is none", call("bias_act", f(4, 6), f(6), "ReLU"),
@@ -439,8 +442,8 @@ KINDS = [
          f"{IMAGES} holds 25 bytes, expected {16 + HUGE**3}; {AGAIN}"),
     Kind("huge sizes", "a gzipped one that promises terabytes", lambda place: place.idx(
         gzip.compress(idx(f(9), HUGE, 28, 28), mtime=0), suffix=".gz"),
-         f"{IMAGES}.gz holds … gzipped bytes, expected the {16 + HUGE * 784} that its header promises, which are more "
-         f"than those can expand to; {AGAIN}"),
+         f"{IMAGES}.gz holds … gzipped bytes, expected the {16 + HUGE * 784} that its header promises, which are "
+         f"more than those can expand to; {AGAIN}"),
     Kind("huge sizes", "a gzip file of a megabyte that expands to a gigabyte", lambda place: place.idx(
         labels=bomb(idx(np.arange(20) % 10), 1024), suffix=".gz"),
          f"{LABELS}.gz holds more than 28 bytes, expected 28; {AGAIN}"),
@@ -453,7 +456,8 @@ KINDS = [
         png(60, 60, (b"zTXt", b"Comment\0\0" + zlib.compress(bytes(1 << 26))))), UNREADABLE),
     Kind("huge sizes", "more glyphs than can be", train_with("--data", "glyphs:" + "9" * 12),
          "a glyph set of 999999999999 images cannot be made, expected 1000 to …; use for example glyphs:100000"),
-    Kind("huge sizes", "a whole number beyond floats in a file", config_file(b'{"config": {"l2": 1' + b"0" * 400 + b"}}"),
+    Kind("huge sizes", "a whole number beyond floats in a file", config_file(
+        b'{"config": {"l2": 1' + b"0" * 400 + b"}}"),
          "--config c.json cannot be used: --l2 1…0 is not possible; give a finite number of at least 0"),
     Kind("huge sizes", "a whole number beyond floats", call("sgd_step", f(6), f(6), lr=10**400),
          "lr must be a finite number in [0, inf), got 1…0", ValueError),
@@ -469,18 +473,21 @@ KINDS = [
     Kind("corrupt archives", "a plain file under the name of a gzipped one", lambda place: place.idx(
         idx(np.zeros((20, 28, 28))), suffix=".gz"),
          f"{IMAGES}.gz is not a whole gzip file (…); {AGAIN}"),
-    Kind("corrupt archives", "images and labels swapped", lambda place: place.idx(idx(np.zeros(20)), idx(np.zeros((20, 28, 28)))),
+    Kind("corrupt archives", "images and labels swapped", lambda place: place.idx(
+        idx(np.zeros(20)), idx(np.zeros((20, 28, 28)))),
          f"{IMAGES} begins with 0x00000801, expected 0x00000803 (IDX, 3 dimensions); replace it with the file that its "
          "name promises"),
     Kind("corrupt archives", "bytes behind the end", lambda place: place.idx(labels=idx(np.arange(20) % 10) + b"!"),
          f"{LABELS} holds 29 bytes, expected 28; {AGAIN}"),
-    Kind("corrupt archives", "an npy header that is not closed", lambda place: place.npy(npy_header("{'descr': ('|u1'")),
-         NOT_NPY),
-    Kind("corrupt archives", "an npy header nested too deep", lambda place: place.npy(npy_header("-" * 9000 + "1")), NOT_NPY),
+    Kind("corrupt archives", "an npy header that is not closed", lambda place: place.npy(
+        npy_header("{'descr': ('|u1'")), NOT_NPY),
+    Kind("corrupt archives", "an npy header nested too deep", lambda place: place.npy(
+        npy_header("-" * 9000 + "1")), NOT_NPY),
     Kind("corrupt archives", "an npz file under the name of an npy one", lambda place: place.npy(
         zipped([("arr_0.npy", npy(np.zeros((60, 28, 28), np.uint8)))])), NOT_NPY),
-    Kind("corrupt archives", "a checkpoint cut in half", lambda place: place.checkpoint(lambda whole: whole[:9000]) and [
-        "mlp", "predict", "--checkpoint", "c.npz", "x.png"], NO_CHECKPOINT),
+    Kind("corrupt archives", "a checkpoint cut in half", lambda place: (
+        place.checkpoint(lambda whole: whole[:9000]), ["mlp", "predict", "--checkpoint", "c.npz", "x.png"])[1],
+         NO_CHECKPOINT),
     Kind("corrupt archives", "a member that is no array", lambda place: place.checkpoint(weights(content=b"nonsense")),
          NO_CHECKPOINT, InputError),
     Kind("corrupt archives", "a member whose header promises terabytes", lambda place: place.checkpoint(weights(
@@ -489,8 +496,8 @@ KINDS = [
     Kind("corrupt archives", "EMNIST's archive is no archive", lambda place: place.archive(content=b"<html>log in"),
          "the EMNIST archive from … cannot be unpacked (…); set EMNIST_URL to another mirror", InputError),
     Kind("corrupt archives", "EMNIST's archive is another", lambda place: place.archive(md5="0" * 32),
-         f"the EMNIST archive from … has MD5 … but {'0' * 32} was expected; try again, or set EMNIST_MD5 if your mirror "
-         "holds another archive", InputError),
+         f"the EMNIST archive from … has MD5 … but {'0' * 32} was expected; try again, or set EMNIST_MD5 if your "
+         "mirror holds another archive", InputError),
     # ---- path tricks
     Kind("path tricks", "a member above the folder", lambda place: place.archive(("../../x.gz", gzip.compress(b"x"))),
          f"the EMNIST archive from … does not hold {TRAIN_IMAGES}.gz; set EMNIST_URL to another mirror", InputError),
@@ -499,18 +506,20 @@ KINDS = [
          f"the EMNIST archive from … does not hold {TRAIN_IMAGES}.gz; set EMNIST_URL to another mirror", InputError),
     Kind("path tricks", "images above the folder", lambda place: place.archive(
         (f"../../{TRAIN_IMAGES}.gz", gzip.compress(b"x"))),
-         f"the EMNIST archive from … does not hold {emnist.FILES[0][1]}.gz; set EMNIST_URL to another mirror", InputError),
+         f"the EMNIST archive from … does not hold {TRAIN_LABELS}.gz; set EMNIST_URL to another mirror", InputError),
     Kind("path tricks", "a symbolic link", lambda place: place.archive(
         symlink(f"gzip/{TRAIN_IMAGES}.gz", "../../../secret")),
          "the EMNIST archive from … cannot be unpacked (…); set EMNIST_URL to another mirror", InputError),
-    Kind("path tricks", "an array of a checkpoint above the folder", lambda place: place.checkpoint(weights("../../weight0.npy")),
-         NO_CHECKPOINT, InputError),
+    Kind("path tricks", "an array of a checkpoint above the folder", lambda place: place.checkpoint(
+        weights("../../weight0.npy")), NO_CHECKPOINT, InputError),
     Kind("path tricks", "an array of a checkpoint at an absolute path", lambda place: place.checkpoint(
         weights(f"{place.folder}/weight0.npy")), NO_CHECKPOINT, InputError),
     # ---- mixed devices
-    Kind("mixed devices", "a NumPy array among tensors", with_torch("bias_act", lambda t: t.zeros(4, 6), lambda t: f(6)),
+    Kind("mixed devices", "a NumPy array among tensors", with_torch(
+        "bias_act", lambda t: t.zeros(4, 6), lambda t: f(6)),
          "bias must be a torch tensor like the others, got numpy.ndarray", TypeError),
-    Kind("mixed devices", "a tensor among NumPy arrays", with_torch("bias_act", lambda t: f(4, 6), lambda t: t.zeros(6)),
+    Kind("mixed devices", "a tensor among NumPy arrays", with_torch(
+        "bias_act", lambda t: f(4, 6), lambda t: t.zeros(6)),
          "bias must be a numpy array like the others, got torch.Tensor", TypeError),
     Kind("mixed devices", "tensors without memory", with_torch(
         "bias_act", lambda t: t.zeros(4, 6, device="meta"), lambda t: t.zeros(6, device="meta")),
@@ -539,8 +548,8 @@ KINDS = [
     # ---- wrong streams
     Kind("wrong streams", "an op's first call while somebody captures its stream", lambda place: (
         place.stream(capturing=True), functools.partial(cuda.counters, 1))[1],
-         "the current stream is being captured, and this op has not run on it before, expected its scratch memory to be "
-         "there; run the op once on this stream before capturing", RuntimeError),
+         "the current stream is being captured, and this op has not run on it before, expected its scratch memory to "
+         "be there; run the op once on this stream before capturing", RuntimeError),
     Kind("wrong streams", "a product's first call while somebody captures its stream", captured_product,
          "cuBLASLt has no plan or no workspace for this product on this stream, and making them would allocate during "
          "the capture; run the step once on this stream, with the same arrays, before capturing it", RuntimeError),
@@ -554,7 +563,8 @@ KINDS = [
     Kind("labels out of range", "a class without an image", lambda place: place.idx(labels=idx(np.full(20, 3))),
          f"{LABELS} has no label 0, expected every class from 0 to 3; renumber the labels or add images"),
     Kind("labels out of range", "a class of two images", lambda place: place.idx(),
-         "class 0 has 2 image(s), expected at least 3 (for train, validation and test); add images or leave the class out"),
+         "class 0 has 2 image(s), expected at least 3 (for train, validation and test); add images or leave the "
+         "class out"),
     Kind("labels out of range", "more classes than logits", call(
         "softmax_cross_entropy", f(4, 6), np.zeros(4, np.int32), classes=7),
          "classes must be from 1 to the number of columns of logits, 6, got 7", ValueError),
@@ -563,7 +573,8 @@ KINDS = [
          "data/X_images.npy holds float64 (60, 784), " + X_SHAPES),
     Kind("NaN images", "a picture with a NaN", lambda place: place.picture(with_pixel(np.nan), "picture.tiff"),
          f"picture.tiff is not a readable picture (it has NaN or infinite pixels); {GIVE_PICTURE}"),
-    Kind("NaN images", "a picture with an infinite pixel", lambda place: place.picture(with_pixel(np.inf), "picture.tiff"),
+    Kind("NaN images", "a picture with an infinite pixel", lambda place: place.picture(
+        with_pixel(np.inf), "picture.tiff"),
          f"picture.tiff is not a readable picture (it has NaN or infinite pixels); {GIVE_PICTURE}"),
     Kind("NaN images", "a strength of noise that is NaN", call(
         "gather_batch", np.zeros((5, 9), np.uint8), np.zeros(5, np.int32), np.zeros(2, np.int32), noise_sigma=np.nan),
