@@ -167,6 +167,12 @@ def zipped(members) -> bytes:
     return file.getvalue()
 
 
+def misplaced(archive: bytes) -> bytes:
+    """A zip file whose members lie before its first byte, by where its table of contents is said to be."""
+    at = archive.index(b"PK\5\6") + 16
+    return archive[:at] + struct.pack("<I", 2**30) + archive[at + 4 :]
+
+
 def weights(name="weight0.npy", content=None):
     """A change of a checkpoint: its weights under another name, or other bytes for them."""
 
@@ -494,6 +500,12 @@ KINDS = [
         content=npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776, 47)}"))),
          NO_CHECKPOINT, InputError),
     Kind("corrupt archives", "EMNIST's archive is no archive", lambda place: place.archive(content=b"<html>log in"),
+         "the EMNIST archive from … cannot be unpacked (…); set EMNIST_URL to another mirror", InputError),
+    Kind("corrupt archives", "EMNIST's archive points before its beginning", lambda place: place.archive(
+        content=misplaced(zipped([(f"gzip/{TRAIN_IMAGES}.gz", b"x")]))),
+         "the EMNIST archive from … cannot be unpacked (…); set EMNIST_URL to another mirror", InputError),
+    Kind("corrupt archives", "EMNIST's archive has a member whose name is no text", lambda place: place.archive(
+        content=zipped([("gzip/é.gz", b"x")]).replace("é".encode(), b"\xff\xff")),
          "the EMNIST archive from … cannot be unpacked (…); set EMNIST_URL to another mirror", InputError),
     Kind("corrupt archives", "EMNIST's archive is another", lambda place: place.archive(md5="0" * 32),
          f"the EMNIST archive from … has MD5 … but {'0' * 32} was expected; try again, or set EMNIST_MD5 if your "
