@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 
-from mlp import InputError
+from mlp import InputError, data_files
 
 from . import fuzz
 
@@ -103,7 +103,7 @@ def test_a_planted_bug_in_a_reader_of_ours_is_found_and_kept(tmp_path, monkeypat
         magic, *shape = np.frombuffer(header, ">u4").tolist()
         return shape, len(header) + math.prod(shape)
 
-    monkeypatch.setattr(fuzz.data, "_idx_header", unchecked)
+    monkeypatch.setattr(data_files, "_idx_header", unchecked)
     rng, reader, (files, kept) = np.random.default_rng(0), fuzz.idx_reader(), (tmp_path / "files", tmp_path / "kept")
     files.mkdir()
     failures = fuzz.Failures(kept, "idx")
