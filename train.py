@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from mlp import InputError, config_file, configs, flags
-from mlp.cli import Parser, complain
+from mlp.cli import Parser, accept_any_text, complain
 
 
 def build_parser() -> Parser:
@@ -61,6 +61,7 @@ def build_parser() -> Parser:
 
 def main(argv=None) -> int:
     try:
+        accept_any_text()
         args = vars(build_parser().parse_args(argv))
         if args.pop("list"):
             for name, config in configs.PRESETS.items():

@@ -16,6 +16,11 @@ def is_cupy(x) -> bool:
     return type(x).__module__.partition(".")[0] == "cupy"
 
 
+def kind(x) -> str:
+    """The type of x with its module, because NumPy's and CuPy's arrays have the same name: numpy.ndarray, list, ..."""
+    return f"{type(x).__module__}.{type(x).__name__}".removeprefix("builtins.")
+
+
 def check(name, array, like, dtype, *shape):
     """Raise unless `array` is of the kind and on the device of `like`, C-contiguous, and has the dtype and shape
     (None: any length)."""
@@ -23,7 +28,7 @@ def check(name, array, like, dtype, *shape):
         if _matches(array.shape, shape):  # C-contiguous, aligned and writeable: the usual case, a microsecond faster
             return
     if type(array) is not type(like):
-        raise TypeError(f"{name} must be a {type(like).__module__} array like the others, got {type(array).__name__}")
+        raise TypeError(f"{name} must be a {type(like).__module__} array like the others, got {kind(array)}")
     if array.dtype != dtype:
         raise TypeError(f"{name} must have dtype {dtype}, got {array.dtype} with shape {array.shape}")
     if not _matches(array.shape, shape):
@@ -65,7 +70,11 @@ def check_number(name, value, low=-math.inf, high=math.inf):
     """Raise unless low <= value < high (value finite)."""
     if type(value) is not float and not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not low <= value < high or math.isinf(value):
+    try:
+        possible = low <= value < high and math.isfinite(value)
+    except OverflowError:  # a whole number larger than any float
+        possible = False
+    if not possible:
         raise ValueError(f"{name} must be a finite number in [{low:g}, {high:g}), got {value!r}")
 
 

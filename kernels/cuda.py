@@ -146,13 +146,20 @@ def compute_capability() -> int:
 
 @functools.cache
 def _zeros(device: int, stream: int, thread: int, count: int):
-    return _cupy().zeros(count, np.uint32)
+    cupy = _cupy()
+    if cupy.cuda.get_current_stream().is_capturing():
+        raise RuntimeError(
+            "the current stream is being captured, and this op has not run on it before, expected its scratch memory "
+            "to be there; run the op once on this stream before capturing"
+        )
+    return cupy.zeros(count, np.uint32)
 
 
 def counters(count: int):
     """At least `count` zeros for is_last_block, which leaves them zero.
 
     One array per device, stream and thread: with CUDA's per-thread default stream, threads share a pointer.
+    RuntimeError where they would be made while the stream is being captured: only the graph would zero them.
     """
     cupy = _cupy()
     count = -(-count // _COUNTERS) * _COUNTERS

@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-from .arguments import check_output, is_cupy
+from .arguments import check_output, is_cupy, kind
 
 
 @functools.cache
@@ -23,7 +23,7 @@ def backend_of(name, array):
 
         cuda.check_device(name, array)
         return cuda.ops
-    raise TypeError(f"{name} must be a NumPy, CuPy or torch array, got {type(array).__name__}")
+    raise TypeError(f"{name} must be a NumPy, CuPy or torch array, got {kind(array)}")
 
 
 def output(backend, name, array, like, dtype, *shape):

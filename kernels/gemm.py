@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import BackendError
-from .arguments import ACTIVATIONS, FLOAT32, check, check_activation, check_output, is_cupy
+from .arguments import ACTIVATIONS, FLOAT32, check, check_activation, check_output, is_cupy, kind
 from .launches import THREADS, _divide_up, _pointer
 
 PRECISIONS = ("tf32", "bf16")
@@ -151,7 +151,7 @@ class Gemm:
     def _check_first(self, name, array) -> tuple[int, int]:
         """The shape of the argument that the others are compared with."""
         if not self._device.is_array(array):
-            raise TypeError(f"{name} must be an array of the device, got {type(array).__name__}")
+            raise TypeError(f"{name} must be an array of the device, got {kind(array)}")
         if is_cupy(array):
             self._device.check_device(name, array)
         check(name, array, array, FLOAT32, None, None)

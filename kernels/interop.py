@@ -7,7 +7,7 @@ import sys
 import numpy as np
 
 from . import BackendError
-from .arguments import is_cupy
+from .arguments import is_cupy, kind
 
 
 def _is_torch(x) -> bool:
@@ -66,8 +66,10 @@ def accepts_torch(op):
         def convert(name, x):
             if not _is_torch(x):
                 if isinstance(x, np.ndarray) or is_cupy(x):
-                    raise TypeError(f"{name} must be a torch tensor like the others, got {type(x).__name__}")
+                    raise TypeError(f"{name} must be a torch tensor like the others, got {kind(x)}")
                 return x
+            if x.device != first.device:
+                raise ValueError(f"{name} must be on {first.device} like the others, got a tensor on {x.device}")
             for view, tensor in views.values():
                 if tensor is x:  # the same array twice must stay the same array: out=dy, say
                     return view

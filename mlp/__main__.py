@@ -5,7 +5,7 @@ from importlib import import_module
 from pathlib import Path
 
 from . import InputError
-from .cli import Parser, complain
+from .cli import Parser, accept_any_text, complain
 
 
 def build_parser() -> Parser:
@@ -40,6 +40,7 @@ def build_parser() -> Parser:
 
 def main(argv=None) -> int:
     try:
+        accept_any_text()
         args = build_parser().parse_args(argv)
         return import_module(f"mlp.{args.command}").run(args)  # NumPy and the rest: only when there is work
     except InputError as error:

@@ -1,10 +1,17 @@
 """What the command lines share."""
 
 import argparse
+import io
 import os
 import sys
 
 from . import InputError, LostProcess
+
+
+def accept_any_text() -> None:
+    """Let prints go on where the terminal has no such character, or the name of a file is no text."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class Parser(argparse.ArgumentParser):

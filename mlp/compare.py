@@ -15,8 +15,8 @@ NONE = "–"
 def run(args) -> int:
     """Print the tables and write compare.md and the plots; InputError for a folder that is not a finished run."""
     runs = read(args.runs)
-    folder = make_folder(args.out)
     text = tables(runs)
+    folder = make_folder(args.out)
     (folder / "compare.md").write_text(text, encoding="utf-8")
     written = plot(runs, folder)
     print(text)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass
 
 from . import InputError
@@ -118,7 +119,7 @@ def _whole(flag, value, low, high):
 
 def _number(flag, value, low, high, open_low=False, open_high=False):
     inside = (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
-    if not inside or math.isinf(value):
+    if not inside or abs(value) > sys.float_info.max:  # whole numbers may be larger than any float
         lower, upper = "above" if open_low else "of at least", "below" if open_high else "at most"
         interval = f"{lower} {low:g}" + ("" if math.isinf(high) else f" and {upper} {high:g}")
         raise InputError(f"{flag} {value} is not possible; give a finite number {interval}")

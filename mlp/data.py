@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import math
 import re
 import string
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from mlp import InputError, emnist, glyphs
+from mlp import InputError, emnist, glyphs, printable
+from mlp.data_files import IMAGES, LABELS, PIXELS, SIDE, read_idx, read_npy
 
-SIDE = 28
-PIXELS = SIDE * SIDE
 DEFAULT_GLYPHS = 100_000
 LARGEST_LABEL = 999
-IMAGES, LABELS = "-images-idx3-ubyte", "-labels-idx1-ubyte"
-MAGIC = {IMAGES: 0x803, LABELS: 0x801}  # IDX: 0x08 = unsigned byte, then the number of dimensions
 
 BYMERGE_CLASSES = tuple(glyphs.CLASSES)
 # EMNIST splits whose classes are known; any other data set names its classes 0, 1, 2, ...
@@ -63,7 +57,13 @@ def load(source: str = "auto", root: Path = Path("data")) -> Dataset:
              X_images.npy and y_images.npy (uint8 (N, 28, 28) or (N, 784), and integer (N,)).
     Raises InputError, naming the file, for anything missing, damaged or inconsistent.
     """
-    source, root = str(source), Path(root)
+    try:
+        return _load(str(source), Path(root))
+    except MemoryError:
+        raise InputError(f"the images of {source} do not fit into the memory; give a smaller data set") from None
+
+
+def _load(source: str, root: Path) -> Dataset:
     if source == "emnist":
         return _load_emnist(root)
     if source == "auto":
@@ -125,13 +125,13 @@ def _load_folder(folder: Path) -> Dataset:
             f"{folder} is not a readable folder ({getattr(error, 'strerror', error)}), expected a folder of "
             "images or one of auto, emnist, glyphs and glyphs:N; correct the name"
         ) from None
-    name = folder.resolve().name
+    name = printable(folder.resolve().name)
     pairs = _idx_pairs(folder, files)
     arrays = folder / "X_images.npy", folder / "y_images.npy"
     if any(path in files for path in arrays):
         if pairs:
             raise InputError(f"{folder} holds IDX and .npy images, expected one kind; move the others away")
-        return _finish(name, str(arrays[1]), *_read_npy(*arrays))
+        return _finish(name, str(arrays[1]), *read_npy(*arrays))
     if not pairs:
         raise InputError(
             f"{folder} holds no images, expected *{IMAGES}[.gz] with *{LABELS}[.gz], or X_images.npy with "
@@ -168,7 +168,7 @@ def _from_idx(name: str, pairs: list[tuple[Path, Path]]) -> Dataset:
     """Read and concatenate pairs of one data set, turning EMNIST's transposed images upright."""
     parts, labels = [], []
     for image_path, label_path in pairs:
-        pixels, values = _read_idx(image_path, IMAGES), _read_idx(label_path, LABELS)
+        pixels, values = read_idx(image_path, IMAGES), read_idx(label_path, LABELS)
         if pixels.shape[1:] != (SIDE, SIDE):
             size = "x".join(map(str, pixels.shape[1:]))
             raise InputError(f"{image_path} holds {size} images, expected {SIDE}x{SIDE}; convert them")
@@ -187,58 +187,6 @@ def _from_idx(name: str, pairs: list[tuple[Path, Path]]) -> Dataset:
     images = np.empty((sum(map(len, parts)), SIDE, SIDE), np.uint8)
     np.concatenate(parts, out=images)
     return _finish(name, files, images, np.concatenate(labels), known)
-
-
-def _read_idx(path: Path, kind: str) -> np.ndarray:
-    """The uint8 array in an IDX file (big-endian magic, one uint32 per dimension, then the bytes)."""
-    try:
-        raw = path.read_bytes()
-        if path.suffix == ".gz":
-            raw = gzip.decompress(raw)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path} is not a whole gzip file ({error}); copy or download it again") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
-    start = 4 * (1 + (MAGIC[kind] & 0xFF))
-    if len(raw) < start:
-        raise InputError(f"{path} ends inside its header of {start} bytes; copy or download it again")
-    magic, *shape = np.frombuffer(raw[:start], ">u4").tolist()
-    if magic != MAGIC[kind]:
-        raise InputError(
-            f"{path} begins with {magic:#010x}, expected {MAGIC[kind]:#010x} (IDX, {len(shape)} dimensions); "
-            "replace it with the file that its name promises"
-        )
-    size = start + math.prod(shape)
-    if len(raw) != size:
-        raise InputError(f"{path} holds {len(raw)} bytes, expected {size}; copy or download it again")
-    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
-
-
-def _read_npy(image_path: Path, label_path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 (N, 784) and integer labels (N,) from two .npy files."""
-    arrays = []
-    for path in (image_path, label_path):
-        try:
-            with path.open("rb") as file:
-                array = np.lib.format.read_array(file, allow_pickle=False)
-        except FileNotFoundError:
-            raise InputError(f"{path} is missing, expected beside its partner; add that file") from None
-        except (OSError, ValueError, EOFError, MemoryError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"{path} is not a plain .npy array ({reason}); save it again") from None
-        arrays.append(array)
-    images, labels = arrays
-    if images.dtype != np.uint8 or images.shape[1:] not in ((SIDE, SIDE), (PIXELS,)):
-        raise InputError(
-            f"{image_path} holds {images.dtype} {images.shape}, expected uint8 (N, 28, 28) or (N, 784); "
-            "convert it"
-        )
-    if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
-        raise InputError(
-            f"{label_path} holds {labels.dtype} {labels.shape}, expected integers ({len(images)},), one for "
-            f"each image of {image_path.name}; convert it"
-        )
-    return images, labels
 
 
 def _finish(name, file, images, labels, known=(), notice="") -> Dataset:

@@ -7,11 +7,13 @@ torchvision itself is not used: it cannot be imported beside some builds of torc
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import http.client
 import os
 import shutil
+import struct
 import tempfile
 import urllib.request
 import zipfile
@@ -142,7 +144,10 @@ def _extract(archive: Path, scratch: Path, folder: Path, url: str) -> None:
         raise InputError(
             f"the EMNIST archive from {url} does not hold {error.args[0]}; set EMNIST_URL to another mirror"
         ) from None
-    except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, struct.error, OSError) as error:
+        # Of the operating system's errors, those of a damaged archive: it names places that no file has.
+        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile) and error.errno != errno.EINVAL:
+            raise
         raise InputError(
             f"the EMNIST archive from {url} cannot be unpacked ({error}); set EMNIST_URL to another mirror"
         ) from None

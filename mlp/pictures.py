@@ -19,8 +19,8 @@ def read(path: Path) -> np.ndarray:
     from PIL import Image, ImageOps
 
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # of large pictures and odd metadata; what is wrong raises
+        # Warnings are of large pictures and odd metadata; what is wrong raises.
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             image.draft("RGB", (LARGEST, LARGEST))  # a JPEG is decoded at about the size that is needed
             image = ImageOps.exif_transpose(image)
             if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -37,11 +37,15 @@ def read(path: Path) -> np.ndarray:
 
 
 def _eight_bits(image):
-    """A grey picture of 16 or 32 bits, from its darkest pixel to its brightest."""
+    """A grey picture of 16 or 32 bits, from its darkest pixel to its brightest; one larger than LARGEST is reduced."""
     from PIL import Image
 
+    image = image.convert("F")
+    image.thumbnail((LARGEST, LARGEST), Image.Resampling.BOX)
     values = np.asarray(image, np.float64)
     low, high = values.min(), values.max()
+    if not np.isfinite(high - low):
+        raise ValueError("it has NaN or infinite pixels")
     return Image.fromarray(np.round(255 * (values - low) / max(high - low, 1e-300)).astype(np.uint8))
 
 

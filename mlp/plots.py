@@ -21,6 +21,8 @@ def new_figure(*args, **kwargs):
 
 def save(figure, path: Path) -> None:
     """Write a figure; InputError for a file that cannot be written or a format that matplotlib does not know."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, expected the name of a picture; give one, such as picture.png")
     try:
         with replacing(path, durable=False) as file:
             figure.savefig(file, dpi=120, format=path.suffix[1:] or "png")

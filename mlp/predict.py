@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import InputError, checkpoint, framing, inference, ink, pictures
+from . import InputError, checkpoint, framing, inference, ink, pictures, printable
 from .plots import new_figure, save
 
 TOP = 3
@@ -93,7 +93,7 @@ def show(path: Path, readings: list[Reading], title: str) -> None:
     for i, reading in enumerate(seen):
         left, middle, right = grid[i // across, 3 * (i % across) : 3 * (i % across) + 3]
         left.imshow(reading.picture, interpolation="antialiased")
-        left.set_title(Path(reading.file).name[-24:], fontsize=8)
+        left.set_title(printable(Path(reading.file).name)[-24:], fontsize=8)
         middle.imshow(reading.image, cmap="gray", vmin=0, vmax=255)
         middle.set_title("as the network sees it", fontsize=8)
         _bars(right, reading.top)

@@ -13,6 +13,11 @@ PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(enco
 # versions came about.
 IGNORED = {"seed", "data", "data_name", "class_names", "plan", "threads", "command", "versions", "revision",
            "processes", "resumed"}  # fmt: skip
+# What tables and plots rely on.
+CONFIG = {"data_sha256": str, "class_names": list, "model": str, "fused": bool, "seed": int, "backend": str,
+          "versions": dict}  # fmt: skip
+METRICS = {"data": str, "device": str, "test": dict, "noise": dict}
+OPTIONAL = {"seed", "backend", "versions"}  # of older runs, too
 SHOWN = {"model", "fused", "backend", "device_name"}  # by columns of their own
 
 
@@ -93,16 +98,25 @@ def _read(folder: Path) -> Run:
         config, metrics = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "metrics"))
         with open(folder / "history.csv", newline="") as file:
             history = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-        for content, name in ((config, "data_sha256"), (config, "class_names"), (config, "model"), (config, "fused"),
-                              (metrics, "data"), (metrics, "device"), (metrics, "test")):  # fmt: skip
-            if name not in content:
-                raise ValueError(f"{name} is missing")
+        for contents, kinds in ((config, CONFIG), (metrics, METRICS)):
+            for name, kind in kinds.items():
+                if name not in contents and name not in OPTIONAL:
+                    raise ValueError(f"{name} is missing")
+                if name in contents and not isinstance(contents[name], kind):
+                    raise ValueError(f"{name} is no {kind.__name__}")
+        if not config["class_names"]:
+            raise ValueError("class_names is empty")
+        for name in ("epoch", "val_loss", "val_accuracy"):
+            if not all(name in row for row in history):
+                raise ValueError(f"history.csv has no {name}")
+        for sigma in metrics["noise"]:
+            float(sigma)
         metrics["noise"] = {sigma: _scores(value) for sigma, value in metrics["noise"].items()}
         return Run(folder, config, metrics, history)
     except FileNotFoundError as error:
         name = Path(error.filename).name
         raise InputError(f"{folder} is not a finished run: it has no {name}; let it end, or leave it out") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{folder} is damaged or not a run of this program ({reason}); leave it out") from None
 
