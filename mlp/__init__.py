@@ -12,5 +12,6 @@ class InputError(Exception):
     def __init__(self, message: str):
         super().__init__(printable(message))
 
+
 class LostProcess(InputError):
     """Another process of the same job is gone, so this one cannot go on."""

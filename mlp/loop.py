@@ -83,7 +83,7 @@ class _Training:
         learner, config, resumed = self.learner, self.config, progress is not None
         self.kept = progress or Progress(learner.state(), learner.snapshot())
         history = self.kept.history
-        while self.kept.epoch <= config.epochs and not self._is_over(history):
+        while not self._is_over(history) and self.kept.epoch <= config.epochs:
             learner.begin_epoch(self.split.train, self.kept.epoch)
             if resumed:
                 learner.load_state(self.kept.state)
@@ -118,7 +118,8 @@ class _Training:
         learner, config, n, epoch = self.learner, self.config, self.images, self.kept.epoch
         stride = learner.batch_size * learner.steps_per_launch
         self.reporter.begin_epoch(epoch, config.epochs, n)
-        self.reporter.advance(self.kept.done)
+        if self.kept.done:
+            self.reporter.advance(self.kept.done)
         self.started = read = time.perf_counter()
         for start in range(self.kept.done, n, stride):
             if not self._go_on(start):

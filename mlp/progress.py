@@ -123,7 +123,7 @@ class Keeper:
             differing.append("arrays")
         if differing:
             raise InputError(
-                f"{self.path} belongs to another run (another {', '.join(differing)} than in config.json); "
+                f"{self.path} belongs to another run (what differs: {', '.join(differing)}); "
                 "delete it to begin the run again from the start"
             )
 

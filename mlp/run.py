@@ -4,7 +4,7 @@ import signal
 import sys
 import time
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,7 @@ class Options:
     nvtx: bool = False
     tune: bool = False
     explain: bool = False
-    interval: Interval = field(default_factory=Interval)
+    interval: Interval = Interval()
 
 
 @dataclass
@@ -70,6 +70,7 @@ class Setting:
     split: data.Split
     learner: object
     entry: dict  # what tuning.plan() knows of the learner's layers
+    annotate: object  # see ranges.py
 
     @property
     def title(self) -> str:
@@ -147,6 +148,7 @@ def resume(folder: Path, options: Options = Options()) -> int:  # noqa: B008
 @contextmanager
 def _setting(config: Config, options: Options, then: dict | None = None):
     """Everything that `config` needs; then: the config.json of the run that is gone on with."""
+    annotate = ranges.nvtx_annotate() if options.nvtx else nullcontext
     device = select_device(config)
     job = distributed.join(device.kind)
     try:
@@ -161,7 +163,9 @@ def _setting(config: Config, options: Options, then: dict | None = None):
         learner, entry = job.together(
             lambda: make_learner(config, dataset, device, len(split.train), options.tune, job, plan)
         )
-        yield Setting(config, options, job, device, dataset, split, learner, entry)
+        if options.nvtx:
+            ranges.attach(learner, annotate)
+        yield Setting(config, options, job, device, dataset, split, learner, entry, annotate)
     finally:
         job.close()
 
@@ -173,16 +177,13 @@ def _keeper(setting: Setting, folder: Path) -> Keeper:
 def _train(setting: Setting, folder: Path | None, began: float, progress=None) -> int:
     """folder: None but in the process that writes it."""
     config, learner, dataset, split = setting.config, setting.learner, setting.dataset, setting.split
-    annotate = ranges.nvtx_annotate() if setting.options.nvtx else nullcontext
-    if setting.options.nvtx:
-        ranges.attach(learner, annotate)
     reporter, on_epoch, keeper = Reporter(), lambda history: None, None
     if folder:
         reporter, keeper = ConsoleReporter(), _keeper(setting, folder)
         on_epoch = lambda history: run_folder.write_history(folder, history.rows)  # noqa: E731
         _print_setting(setting)
     with np.errstate(over="ignore", invalid="ignore"), _writing(folder):  # what is not finite is reported once
-        history = fit(learner, split, config, reporter, on_epoch, annotate, progress=progress, keeper=keeper)
+        history = fit(learner, split, config, reporter, on_epoch, setting.annotate, progress=progress, keeper=keeper)
         if history.outcome != "terminated":
             _finish(setting, history, folder, began)
     if folder and history.outcome == "terminated":

@@ -54,6 +54,7 @@ def locked(folder: Path):
         for left in folder.glob("*.part"):  # by a run that was killed
             left.unlink()
         yield
+        (folder / LOCK).unlink(missing_ok=True)
     finally:
         lock.release()
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kernels import plain
-from mlp import InputError, checkpoint, configs
+from mlp import InputError, archive, checkpoint, configs
 from mlp.data import stratified_split
 from mlp.loop import fit
 from mlp.model import MLP
@@ -49,10 +49,20 @@ def assert_one_sentence(error, path):
 
 
 def rewrite(path, **changes):
-    """Save again with members replaced, or left out where the value is None."""
+    """Save again with members replaced, or left out where the value is None; the checksum is corrected."""
     with np.load(path, allow_pickle=False) as file:
         members = {name: file[name] for name in file.files} | changes
-    np.savez(path, **{name: value for name, value in members.items() if value is not None})
+    members = {name: value for name, value in members.items() if value is not None}
+    try:
+        text = json.loads(str(members["about"]))
+        text["sha256"] = archive._digest(
+            {name: value for name, value in text.items() if name != "sha256"},
+            {name: value for name, value in members.items() if name != "about"},
+        )
+        members["about"] = np.array(json.dumps(text))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        pass  # there is none to correct
+    np.savez(path, **members)
 
 
 def npy(array):
@@ -189,22 +199,56 @@ def test_a_foreign_file(saved, write):
     assert "\n" not in str(error.value) and len(str(error.value)) > 20
 
 
-@pytest.mark.parametrize("number", [0, 2, 99, "1", None])
+@pytest.mark.parametrize("number", [0, 3, 99, "1", None])
 def test_another_format_is_named(saved, number):
     rewrite(saved, about=about(saved, format=number, config={"of": "the future"}))
     with pytest.raises(InputError) as error:
         checkpoint.load(saved)
     assert_one_sentence(error, saved)
-    assert f"format {number}" in str(error.value) and "format 1" in str(error.value)
+    assert f"format {number}" in str(error.value) and "format 2" in str(error.value)
 
 
-@pytest.mark.parametrize("broken", ["savez", "fsync", "replace"])
+def test_format_1_is_read(saved):
+    """It had neither a kind nor a checksum."""
+    with np.load(saved, allow_pickle=False) as file:
+        members = {name: file[name] for name in file.files}
+    text = json.loads(str(members["about"])) | {"format": 1}
+    del text["kind"], text["sha256"]
+    np.savez(saved, **members | {"about": np.array(json.dumps(text))})
+    arrays, config, names = checkpoint.load(saved)
+    assert bits(arrays) == bits(some_arrays()) and (config, names) == (CONFIG, NAMES)
+
+
+def test_one_altered_number_is_noticed(saved):
+    """Also where the archive itself, with its own checksums, is in order."""
+    with np.load(saved, allow_pickle=False) as file:
+        members = {name: file[name] for name in file.files}
+    members["weight0"][0, 0] += 1
+    np.savez(saved, **members)
+    with pytest.raises(InputError, match="checksum"):
+        checkpoint.load(saved)
+
+
+def test_the_same_content_is_the_same_bytes(saved, tmp_path):
+    checkpoint.save(tmp_path / "again.npz", some_arrays(), CONFIG, NAMES)
+    assert (tmp_path / "again.npz").read_bytes() == saved.read_bytes()
+
+
+def test_what_is_compressed_is_not_unpacked(saved):
+    with np.load(saved, allow_pickle=False) as file:
+        members = {name: file[name] for name in file.files}
+    np.savez_compressed(saved, **members)
+    with pytest.raises(InputError, match="compressed"):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("broken", ["write_array", "fsync", "replace"])
 def test_a_save_that_fails_leaves_the_old_checkpoint(saved, monkeypatch, broken):
     def fail(*args, **kwargs):
         raise OSError("no space left on device")
 
     before = saved.read_bytes()
-    monkeypatch.setattr(np if broken == "savez" else os, broken, fail)
+    monkeypatch.setattr(np.lib.format if broken == "write_array" else os, broken, fail)
     with pytest.raises(OSError, match="no space"):
         checkpoint.save(saved, some_arrays(1), CONFIG, NAMES)
     assert saved.read_bytes() == before

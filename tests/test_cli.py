@@ -79,6 +79,12 @@ MISTAKES = [
     (("--model", "m0", "--decoupled"), "--decoupled"),
     (("--turbo",), "--turbo"),
     (("--batch", "4"), "--batch"),  # no abbreviations
+    (("--checkpoint-every", "often"), "--checkpoint-every often"),
+    (("--checkpoint-every", "0"), "--checkpoint-every 0"),
+    (("--resume", "nowhere"), "nowhere holds no run"),
+    (("--resume", "done"), "done/config.json"),
+    (("--resume", "done", "--lr", "1"), "--lr cannot be given with --resume"),
+    (("--resume", "done", "--out", "x"), "--out cannot be given with --resume"),
     (("m1",), "m1"),
     (("--config", "nowhere.json"), "--config nowhere.json"),
     (("--config", "a-file"), "--config a-file"),
@@ -104,7 +110,7 @@ def assert_refused(result, place, before, word):
 @pytest.mark.parametrize("arguments, word", MISTAKES, ids=[" ".join(words)[:40] for words, _ in MISTAKES])
 def test_a_mistake_is_one_line_and_changes_nothing(place, arguments, word):
     before = tree(place)
-    data = () if "--data" in arguments else ("--data", "nowhere")  # one that passes must not train
+    data = () if {"--data", "--resume"} & set(arguments) else ("--data", "nowhere")  # one that passes must not train
     assert_refused(train(*data, *arguments, cwd=place), place, before, word)
 
 
@@ -195,6 +201,7 @@ def test_the_commands_of_the_readme_are_accepted(capsys):
             assert words == ["--help"] and not end.code
             continue
         given = {name: value for name, value in args.items() if value is not None}
-        for other in ("list", "out", "model", "nvtx", "tune", "explain", "config", "search", "study", "jobs"):
+        for other in ("list", "out", "model", "nvtx", "tune", "explain", "config", "search", "study", "jobs",
+                      "checkpoint_every", "resume"):  # fmt: skip
             given.pop(other, None)
-        configs.preset(args["model"], **given)
+        configs.preset(args["model"] or "m1", **given)

@@ -11,6 +11,7 @@ import pytest
 from kernels import host
 from mlp import configs, loop
 from mlp.data import Split, stratified_split
+from mlp.distributed import Job
 from mlp.evaluate import Evaluation
 from mlp.loop import Reporter, fit
 from mlp.progress import EpochRow
@@ -25,7 +26,7 @@ SPLIT = Split(*np.split(np.arange(30, dtype=np.int32), [ROWS, 29]))
 class Scripted:
     """A learner whose validation losses are given; its weights are the number of steps it took."""
 
-    batch_size, steps_per_launch = 10, 1
+    batch_size, steps_per_launch, job = 10, 1, Job()
 
     def __init__(self, val_losses, train_loss=0.5, on_step=lambda steps: None):
         self.val_losses, self.train_loss, self.on_step = iter(val_losses), train_loss, on_step
@@ -52,6 +53,22 @@ class Scripted:
         assert self.waited == self.weights  # the time of the training was taken when it was over
         assert np.array_equal(index, SPLIT.val)
         return Evaluation(next(self.val_losses), np.array([[3, 1], [0, 0]]))
+
+    def is_finite(self):
+        return math.isfinite(self.train_loss)
+
+    def state(self):
+        return self.weights, self.seen, self.train_loss
+
+    def load_state(self, state):
+        self.weights, self.seen, self.train_loss = state
+
+    def train_step(self, start, stop, lr):
+        self.train(start, stop, lr)
+
+    def first_fault(self, start, stop, lr):
+        self.train(start, stop, lr)
+        return f"what step {self.weights} made"
 
     def snapshot(self):
         return self.weights
@@ -97,6 +114,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(bad, where):
     learner.on_step = spoil
     history = fit(learner, SPLIT, scripted_config())
     assert (history.outcome, len(history.rows)) == ("diverged", 3)
+    step = 2 * STEPS + 1
+    expected = f"step {step} (epoch 3): what step {step} made" if where == "train" else "the validation loss of epoch 3"
+    assert history.fault == expected
     if where == "val":
         assert history.best_epoch == 2 and learner.weights == 2 * STEPS
 
