@@ -3,6 +3,8 @@
 #   make test      environment, dependencies, host library, then the whole test suite
 #   make sanitize  every kernel on every shape, on the CPU under ThreadSanitizer, AddressSanitizer and UBSan
 #   make mutate    plants small faults in the kernels, which tests must notice (three quarters of an hour)
+#   make torture   kills runs with kill -9 at random moments and resumes them, tries bad input and fuzzes the readers
+#                  (about ten minutes); writes README.md's table, or OUT=folder
 #   make bench     measures kernels, steps and epochs (9 minutes), draws the plots and writes README.md's tables
 #   make study     every model with three seeds and what each refinement is worth (half an hour): report in OUT;
 #                  DATA=emnist studies EMNIST, ALSO="folder ..." further data sets
@@ -20,11 +22,12 @@ INSTALLED := $(VENV)/installed-$(or $(CUPY),without-cupy)
 DATA ?= glyphs:30000
 TO = $(if $(OUT),--out "$(OUT)")
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 LIBRARY := kernels/libkernels_host.so
 CONFIGURE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_BUILD_TYPE=Release
 SOURCES := CMakeLists.txt $(wildcard kernels/src/*.* kernels/src/host/*.*)
 
-.PHONY: train test study sanitize mutate gpu-check bench gpu-report build cuda budget clean
+.PHONY: train test study sanitize mutate torture gpu-check bench gpu-report build cuda budget clean
 .DELETE_ON_ERROR:
 
 train: build
@@ -57,6 +60,11 @@ sanitize: build
 mutate: build
 	$(BIN)/python -m tests.mutations $(ARGS)
 
+torture: build
+	$(INSTALL) atheris
+	$(BIN)/python -m tests.torture $(TO) $(ARGS)
+	$(if $(OUT),,$(BIN)/python profile/report.py)
+
 gpu-check:
 	$(GPU_PYTHON) -m tests.gpu_check $(TO) $(ARGS)
 
@@ -69,15 +77,16 @@ cuda: $(INSTALLED)
 budget: $(INSTALLED)
 	$(BIN)/python -m tests.resources
 
-# The dependencies of pyproject.toml, with the CuPy that was asked for; the project itself runs from this folder.
-$(INSTALLED): pyproject.toml
+# The dependencies of pyproject.toml in the versions of constraints.txt, with the CuPy that was asked for; the project
+# itself runs from this folder.
+$(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@rm -f $(VENV)/installed-*
 	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 	  e = p["optional-dependencies"]; d = [x for x in p["dependencies"] if not x.startswith("cupy")]; \
 	  print("\n".join(d + e["test"] + e["build"] + "$(CUPY)".split()))' > $(VENV)/requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement $(VENV)/requirements.txt
+	$(INSTALL) --requirement $(VENV)/requirements.txt
 	@touch $@
 
 $(LIBRARY): $(INSTALLED) $(SOURCES)

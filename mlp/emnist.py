@@ -15,6 +15,7 @@ import os
 import shutil
 import struct
 import tempfile
+import urllib.parse
 import urllib.request
 import zipfile
 import zlib
@@ -69,6 +70,7 @@ def download(root: Path) -> list[tuple[Path, Path]]:
     mirror = os.environ.get("EMNIST_URL")
     url = mirror or URL
     md5 = (os.environ.get("EMNIST_MD5") if mirror else None) or MD5
+    _refuse_open(url)
     folder = raw_folder(root)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,6 +84,16 @@ def download(root: Path) -> list[tuple[Path, Path]]:
             f"EMNIST cannot be stored in {folder} ({error.strerror or error}), expected a folder that can be "
             "written and has 2 GB free; make room or choose another"
         ) from None
+
+
+def _refuse_open(url: str) -> None:
+    """InputError for an address whose answer others on the way could replace. A file and this machine have no way."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme in ("http", "ftp") and parts.hostname not in ("127.0.0.1", "localhost", "::1"):
+        raise InputError(
+            f"EMNIST_URL {url} is not https, expected an address that nobody can alter on the way; set it to one that "
+            "begins with https:// or file://"
+        )
 
 
 def _fetch(url: str, archive: Path, md5: str) -> None:

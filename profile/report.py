@@ -82,19 +82,29 @@ def ladder_table(rows: list[Row]) -> tuple[list, list[Row]]:
     return table, rows
 
 
+def torture_table(rows: list[Row]) -> tuple[list, list[Row]]:
+    columns = ("kills", "resumes", "inputs", "executions", "losses")
+    table = [("trial", *columns)]
+    for row in rows:
+        table.append((row["trial"], *(row[column] or "–" for column in columns)))
+    return table, rows
+
+
 TABLES = {  # name: (file, its table, the plots below it)
     "ladder table": ("ladder.csv", ladder_table, ("ladder.png",)),
     "step table": ("step.csv", step_table, ("step.png", "scaling.png", "roofline.png")),
     "kernel table": ("kernels.csv", kernel_table, ("kernels.png", "bandwidth.png")),
     "epoch table": ("epoch.csv", epoch_table, ()),
+    "torture table": ("torture.csv", torture_table, ()),
 }
 
 
 def caption(path: Path, rows: list[Row]) -> str:
     """What the table was measured on; why a contender has no time."""
-    samples = sorted({int(number(row, "samples")) for row in rows if row["samples"]})
+    samples = sorted({int(number(row, "samples")) for row in rows if row.get("samples")})
     n = "–".join(map(str, samples[:1] + samples[1:][-1:]))
-    text = f"{machine(rows[0])}, {rows[0]['versions']}; {n} samples each; {made(rows)}. `{path.as_posix()}`"
+    each = f"; {n} samples each" if samples else ""
+    text = f"{machine(rows[0])}, {rows[0]['versions']}{each}; {made(rows)}. `{path.as_posix()}`"
     return "\n\n".join([text, *notes([row for row in rows if row.get("note")], rows)])
 
 

@@ -27,16 +27,18 @@ COLUMNS = {
                   "gain note",
     "costs.csv": "name value unit",
     "launches.csv": "contender precision steps samples p20_us p50_us p80_us",
+    "torture.csv": "trial kills resumes inputs executions losses",
 }  # fmt: skip
 COLUMNS = {name: (*columns.split(), *MACHINE) for name, columns in COLUMNS.items()}
 # What tells the rows of a file apart. Every column is a number but these, the texts and MACHINE.
-KEY = ("name", "sweep", "op", "rung", "contender", "size", "model", "layers", "batch", "width", "precision", "steps",
+KEY = ("name", "trial", "sweep", "op", "rung", "contender", "size", "model", "layers", "batch", "width", "precision", "steps",
        "phase", "data")  # fmt: skip
 NUMBERS = ("size", "batch", "width", "steps", "cores")
 TEXTS = ("shape", "dtype", "note", "unit", "what", "bound")
 # These may be empty where `note` says why.
 MEASURED = ("samples", "p20_us", "p50_us", "p80_us", "gb_per_s", "share_of_copy", "speedup", "launches", "bytes",
             "flops", "predicted_us", "bound", "gain")  # fmt: skip
+TRIED = ("kills", "resumes", "inputs", "executions")  # of a trial has what was done
 RATIOS = ("share_of_copy", "speedup", "to_gemm", "gain")
 
 Row = dict[str, str]
@@ -122,11 +124,11 @@ def _check(row: Row, column: str, place: str) -> None:
     value = row[column]
     if not value:
         explained = column in MEASURED and row.get("note")
-        if not (explained or column in ("note", "driver") or column == "width" and row["sweep"] == "batch"):
+        if not (explained or column in ("note", "driver", *TRIED) or column == "width" and row["sweep"] == "batch"):
             raise InputError(f"{place} has no {column}")
     elif column in NUMBERS or column not in (*KEY, *TEXTS, *MACHINE):
         try:
-            good = 0 < float(value) < math.inf  # False for NaN
+            good = 0 < float(value) < math.inf or column == "losses" and value == "0"  # False for NaN
         except ValueError:
             good = False
         if not good:

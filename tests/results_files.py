@@ -160,7 +160,13 @@ def launches(gpu: bool):
             percentiles(60 + 8 / 2**power, "us"))  # fmt: skip
 
 
-FUNCTIONS = (kernels, step, phases, epoch, sweep, ceilings, ladder, costs, launches)
+def torture(gpu: bool):
+    empty = dict.fromkeys(("kills", "resumes", "inputs", "executions"), "")
+    yield {"trial": "kill -9: m1"} | empty | {"kills": 50, "resumes": 48, "losses": 0}
+    yield {"trial": "fuzz: idx reader"} | empty | {"executions": 31234, "losses": 0}
+
+
+FUNCTIONS = (kernels, step, phases, epoch, sweep, ceilings, ladder, costs, launches, torture)
 FILES = {f"{function.__name__}.csv": function for function in FUNCTIONS}
 
 

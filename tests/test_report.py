@@ -19,7 +19,7 @@ import report_style  # noqa: E402
 README = "".join(f"<!-- {name}: written by profile/report.py --><!-- end of {name} -->\n" for name in report.TABLES)
 PLOTS_OF = {"kernels.csv": {"kernels.png", "bandwidth.png"}, "step.csv": set(), "phases.csv": {"step.png"},
             "epoch.csv": set(), "sweep.csv": {"scaling.png"}, "ceilings.csv": set(),
-            "ladder.csv": {"ladder.png"}, "costs.csv": set(), "launches.csv": set()}  # fmt: skip
+            "ladder.csv": {"ladder.png"}, "costs.csv": set(), "launches.csv": set(), "torture.csv": set()}  # fmt: skip
 
 
 @pytest.fixture
@@ -67,6 +67,7 @@ def test_every_number_in_the_readme_is_in_a_results_file():
 def test_the_tables_have_every_row_and_no_number_of_their_own(project):
     new(project, "step.csv", "kernels.csv", "epoch.csv", "ladder.csv", "costs.csv", machine="a-gpu", gpu=True)
     new(project, "step.csv", "ladder.csv")
+    new(project, "torture.csv", machine="torture")
     assert report.main([]) == 0
     text = report.README.read_text()
     assert unsupported(text, project) == [] and "not measured yet" not in text
@@ -74,6 +75,7 @@ def test_the_tables_have_every_row_and_no_number_of_their_own(project):
     assert "| m0 | 256 | float32 | GEMMs alone, shared threads | **" in text
     assert "Invented CPU, 2 cores, python 3.11.7, numpy 2.4.6; 54 samples each; 2026-01-31, revision 01" in text
     assert "Invented GPU, driver 570.86, 16 host cores, python 3.11.7, cupy 14.2.0; 40 samples each" in text
+    assert "| kill -9: m1 | 50 | 48 | – | – | 0 |" in text and "numpy 2.4.6; 2026-01-31" in text
     assert "ElementwiseKernel: not a pointwise op (bias_act_backward relu, " in text
     for row in results_files.kernels(gpu=True):
         if row["contender"] == "fused" and row["size"] == 2**30:

@@ -1,21 +1,26 @@
 """What a run must survive: kill -9 at random moments, again and again, until it is finished all the same.
 
-`make torture` also fuzzes the readers (tests/fuzz.py) and writes a summary, which profile/report.py quotes.
+`make torture` (python -m tests.torture) does this to every kind of model, fuzzes the readers (fuzz.py), tries all bad
+inputs (test_bad_input.py), and writes torture.csv, which profile/report.py quotes.
 """
 
-import os
+import argparse
+import json
 import random
+import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlp import InputError, archive, run_folder, verify
+from mlp.device import cpu_name
 from mlp.progress import STATE
 
-from .training import SCRIPT, environment
+from .training import ROOT, SCRIPT, environment
 
 
 @dataclass
@@ -31,8 +36,8 @@ class Tally:
 
 def start(arguments, cwd: Path) -> subprocess.Popen:
     """train.py in a process of its own, whose output is read."""
-    command = [sys.executable, "-u", SCRIPT, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command, env = [sys.executable, "-u", SCRIPT, *map(str, arguments)], environment() | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def run_to_the_end(arguments, cwd: Path) -> float:
@@ -76,7 +81,7 @@ def check_readable(folder: Path) -> list[str]:
             run_folder.outcome(folder)
         if (folder / STATE).exists():
             archive.read(folder / STATE)
-    except (InputError, Exception) as error:
+    except Exception as error:
         faults.append(f"{type(error).__name__}: {error}")
     return faults
 
@@ -97,11 +102,10 @@ def torment(arguments, cwd: Path, name: str, kills: int, rng: random.Random, tal
             tally.by_place[f"{place} training"] += 1
         tally.losses += [f"{name}: {fault}" for fault in check_readable(folder)]
     tally.kills += dead
-    while not over:
+    if not over:
         begun = (folder / "config.json").exists()
         run_to_the_end(["--resume", folder] if begun else [*arguments, "--out", folder], cwd)
         tally.resumes += begun
-        over = True
     tally.finished += 1
     left = [path.name for path in folder.iterdir() if path.suffix == ".part" or path.name == STATE]
     tally.losses += [f"{name}: {file} was left behind" for file in left]
@@ -116,3 +120,90 @@ def _trained(folder: Path) -> bool:
 def compare(folder: Path, undisturbed: Path, tally: Tally) -> None:
     """Add to the losses what of a finished run is not that of an undisturbed one."""
     tally.losses += [f"{folder.name}: {difference}" for difference in verify.differences(undisturbed, folder)]
+
+
+# ---- make torture
+
+DATA = "glyphs:4000"
+MODELS = {
+    "m0": "--model m0 --epochs 20",
+    "m1 fused": "--model m1 --fused --epochs 10",
+    "m1 fused, average of parameters": "--model m1 --fused --epochs 8 --ema 0.99 --schedule cosine --warmup 2",
+    "robust fused": "--model robust --fused --dropout 0.1 --epochs 4",
+    "m1 early stopping": "--model m1 --lr 0.01 --patience 2 --epochs 40",
+    "m2": "--model m2 --epochs 10",
+    "m3": "--model m3 --epochs 6",
+    "m2 fused": "--model m2 --fused --epochs 8",
+}
+
+
+def kill_runs(kills: int, seed: int) -> list[dict]:
+    """Torment the MODELS in turn until there were so many kills: a row for each model."""
+    rng, rows = random.Random(seed), {name: Tally() for name in MODELS}
+    with tempfile.TemporaryDirectory(prefix="torture-") as place:
+        cwd, undisturbed, number = Path(place), {}, 0
+        while (left := kills - sum(tally.kills for tally in rows.values())) > 0:
+            name = list(MODELS)[number % len(MODELS)]
+            number += 1
+            arguments = [*MODELS[name].split(), "--data", DATA, "--device", "cpu", "--checkpoint-every", "0.05s"]
+            if name not in undisturbed:
+                folder = cwd / f"undisturbed {name}"
+                undisturbed[name] = folder, run_to_the_end([*arguments, "--out", folder], cwd)
+            folder, seconds = undisturbed[name]
+            done = torment(arguments, cwd, f"{number} {name}", min(4, left), rng, rows[name], 0.8 * seconds)
+            compare(done, folder, rows[name])
+            print(f"{name}: {rows[name]}", flush=True)
+    return [
+        {"trial": f"kill -9: {name}", "kills": tally.kills, "resumes": tally.resumes, "losses": len(tally.losses)}
+        for name, tally in rows.items() if tally.kills
+    ]  # fmt: skip
+
+
+def try_bad_inputs() -> dict:
+    """The table of bad inputs: how many were tried, and how many were not answered as they should be."""
+    command = [sys.executable, "-m", "pytest", "-q", "tests/test_bad_input.py"]
+    last = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True).stdout.splitlines()[-1]
+    print(f"bad inputs: {last}", flush=True)
+    passed, failed = (sum(map(int, re.findall(rf"(\d+) {what}", last))) for what in ("passed", "(?:failed|error)"))
+    return {"trial": "bad inputs", "inputs": passed + failed, "losses": failed}
+
+
+def fuzz_readers(seconds: int, seed: int, out: Path) -> list[dict]:
+    report = out / "fuzz.json"
+    command = [sys.executable, "-m", "tests.fuzz", "--seconds", str(seconds), "--seed", str(seed), "--out", str(report)]
+    if subprocess.run(command, cwd=ROOT, env=environment()).returncode not in (0, 1):
+        raise InputError("the readers were not fuzzed; see above")
+    rows = [
+        {"trial": f"fuzz: {row['reader']} reader", "executions": row["executions"], "losses": len(row["failures"])}
+        for row in json.loads(report.read_text())
+    ]
+    report.unlink()
+    return rows
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seconds", type=int, default=60, help="of fuzzing (default: 60)")
+    parser.add_argument("--seed", type=int, default=1, help="of the moments and the changes (default: 1)")
+    parser.add_argument("--out", type=Path, default=ROOT / "profile" / "results" / "torture")
+    args = parser.parse_args(argv)
+    sys.path.insert(0, str(ROOT / "profile"))
+    import machine
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        rows = fuzz_readers(args.seconds, args.seed, args.out)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    rows = [*kill_runs(args.kills, args.seed), try_bad_inputs(), *rows]
+    totals = {name: sum(row.get(name, 0) for row in rows) for name in ("kills", "resumes", "inputs", "executions", "losses")}
+    facts = machine.facts(cpu_name(), "cpu")
+    machine.write_csv(args.out / "torture.csv", [row | facts for row in (*rows, {"trial": "all"} | totals)])
+    print(", ".join(f"{name}: {number:,}" for name, number in totals.items()))
+    return int(totals["losses"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
