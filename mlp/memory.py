@@ -44,9 +44,11 @@ def need(config: Config, sizes, images: int, workspace: int) -> Need:
     widths, rounded = sizes[1:], config.precision == "bf16"
     parameters = sum(n_in * n_out + n_out for n_in, n_out in zip(sizes, widths))
     # parameters, gradients, their sum over chunks, the best ones and their successor; the optimizer's moments, and once
-    # more what a capture puts back; the average of the parameters, and these while the average is judged
+    # more what a capture puts back; the average of the parameters, and these while the average is judged; what is kept
+    # of the state, and its successor
     moments = 2 if config.optimizer == "adam" else 1 if config.momentum else 0
-    arenas = 5 + moments + (1 + moments if config.fused else 0) + (2 if config.ema else 0)
+    state = 1 + moments + (1 if config.ema else 0)
+    arenas = 5 + moments + (1 + moments if config.fused else 0) + (2 if config.ema else 0) + 2 * state
     fixed = parameters * (4 * arenas + 2 * rounded) + workspace + SLACK + 8 * (images + sizes[-1] ** 2)
     activations = sizes[0] + 3 * sum(widths) + sizes[-1]  # the batch; pre-activations, outputs, gradients; dlogits
     per_image = sizes[0] + 4

@@ -10,41 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from . import InputError, checkpoint, data, distributed, forms, plots, products, provenance, ranges, run_folder, tuning
-from .configs import Config, describe
+from .configs import Config
+from .console import ConsoleReporter, print_setting, print_summary
 from .device import select
-from .evaluate import NOISE_SIGMA, Evaluation
+from .evaluate import NOISE_SIGMA
 from .explain import explain as explain_step
 from .flags import Interval
 from .loop import Reporter, fit
 from .progress import History, Keeper
 from .scratch import ScratchLearner
-
-
-class ConsoleReporter(Reporter):
-    """A progress bar on a terminal, and a line per epoch everywhere."""
-
-    def begin_epoch(self, epoch, epochs, images):
-        from tqdm import tqdm
-
-        self._bar = tqdm(
-            total=images, desc=f"epoch {epoch}/{epochs}", unit=" images", unit_scale=True, leave=False, disable=None
-        )
-        self.wants_readings = not self._bar.disable
-
-    def advance(self, images):
-        self._bar.update(images)
-
-    def reading(self, loss, accuracy):
-        self._bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
-
-    def end_epoch(self, row, best):
-        self._bar.close()
-        print(
-            f"epoch {row.epoch:3d}  lr {row.lr:.2e}  train {row.train_loss:.4f} {row.train_accuracy:7.2%}  "
-            f"val {row.val_loss:.4f} {row.val_accuracy:7.2%}  {row.seconds:6.2f} s  "
-            f"{row.images_per_second:9,.0f} images/s{'  *' if best else ''}",
-            flush=True,
-        )
 
 
 @dataclass(frozen=True)
@@ -126,7 +100,8 @@ def resume(folder: Path, options: Options = Options()) -> int:  # noqa: B008
 
         def lock():
             locks.enter_context(run_folder.locked(folder))
-            return folder
+            if run_folder.outcome(folder) != outcome:
+                raise InputError(f"the run in {folder} has just been ended by another process; look at its results")
 
         setting.job.lead(lock)
         progress = setting.job.together(lambda: _keeper(setting, folder).load(setting.learner))
@@ -176,12 +151,12 @@ def _keeper(setting: Setting, folder: Path) -> Keeper:
 
 def _train(setting: Setting, folder: Path | None, began: float, progress=None) -> int:
     """folder: None but in the process that writes it."""
-    config, learner, dataset, split = setting.config, setting.learner, setting.dataset, setting.split
+    config, learner, split = setting.config, setting.learner, setting.split
     reporter, on_epoch, keeper = Reporter(), lambda history: None, None
     if folder:
         reporter, keeper = ConsoleReporter(), _keeper(setting, folder)
         on_epoch = lambda history: run_folder.write_history(folder, history.rows)  # noqa: E731
-        _print_setting(setting)
+        print_setting(setting)
     with np.errstate(over="ignore", invalid="ignore"), _writing(folder):  # what is not finite is reported once
         history = fit(learner, split, config, reporter, on_epoch, setting.annotate, progress=progress, keeper=keeper)
         if history.outcome != "terminated":
@@ -206,19 +181,6 @@ def _writing(folder: Path | None):
         raise InputError(
             f"{what} cannot be written ({error.strerror or error}); make room, then go on with --resume {folder}"
         ) from None
-
-
-def _print_setting(setting: Setting) -> None:
-    config, dataset, split, learner = setting.config, setting.dataset, setting.split, setting.learner
-    for notice in filter(None, (dataset.notice, learner.notice)):
-        print(f"\n*** {notice} ***\n")
-    kernels = "fused kernels" if config.fused else "torch" if config.backend == "torch" else "plain array code"
-    processes = f", {setting.job.size} processes" if setting.job.size > 1 else ""
-    print(
-        f"{config.model} ({kernels}) on {dataset.name}: {len(split.train):,} / {len(split.val):,} / "
-        f"{len(split.test):,} images to train / validate / test, {len(dataset.class_names)} classes\n"
-        f"{describe(config)}; {learner.parameter_count:,} parameters\ndevice: {setting.device.name}{processes}"
-    )
 
 
 def select_device(config: Config):
@@ -290,16 +252,4 @@ def _finish(setting: Setting, history: History, folder: Path | None, began: floa
     run_folder.write_json(folder / "metrics.json", metrics)
     if history.outcome in ("finished", "stopped early"):
         run_folder.forget_state(folder)
-    _print_summary(metrics, val, test, noise, folder)
-
-
-def _print_summary(metrics: dict, val: Evaluation, test: Evaluation, noise: dict, folder: Path) -> None:
-    print(f"\n{metrics['outcome']} after {metrics['epochs']} epochs; kept epoch {metrics['best_epoch']}")
-    print(f"{'':12}{'images':>9}{'accuracy':>11}{'macro F1':>11}{'cross-entropy':>16}")
-    for name, part in (("validation", val), ("test", test)):
-        print(f"{name:12}{part.n:9,}{part.accuracy:11.2%}{part.macro_f1:11.2%}{part.cross_entropy:16.4f}")
-    print(f"{'noise sigma':12}" + "".join(f"{sigma:9.1f}" for sigma in noise))
-    print(f"{'accuracy':12}" + "".join(f"{e.accuracy:9.2%}" for e in noise.values()))
-    print(f"{'macro F1':12}" + "".join(f"{e.macro_f1:9.2%}" for e in noise.values()))
-    per_epoch = metrics["seconds_per_epoch"]
-    print((f"{per_epoch:.2f} s per epoch; " if per_epoch else "") + f"results in {folder}")
+    print_summary(metrics, val, test, noise, folder)

@@ -170,7 +170,7 @@ def test_a_checkpoint_that_does_not_fit_ends_the_run_and_loses_nothing(place, tm
     shutil.copytree(place / "good", tmp_path / "good")
     result = limited(*LONG, "--checkpoint-every", "1", "--out", "run", cwd=tmp_path, megabytes=megabytes)
     assert result.returncode == 2 and re.fullmatch(
-        rf"error: run/?.* cannot be written \(File too large\); make room, then go on with --resume run\n", result.stderr
+        r"error: run/?.* cannot be written \(File too large\); make room, then go on with --resume run\n", result.stderr
     )
     assert run_folder.read_config(tmp_path / "run") and not list((tmp_path / "run").glob("*.part"))
     shutil.move(tmp_path / "run", place / f"limited{megabytes}")
