@@ -67,7 +67,8 @@ class FusedLinear(nn.Linear):
 
 class _Normalised(torch.autograd.Function):
     """Batch normalisation on a CPU by one thread. torch's takes the sums over the rows apart by threads, so that their
-    number would decide the last bits of a run; to save them is worth 0.1 ms of a step of m3 on 2 cores."""
+    number would decide the last bits of a run. Two threads would save 0.1 of 0.5 ms for 512 rows of 400, forward and
+    backward."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, mean, var, momentum, eps):
@@ -80,7 +81,9 @@ class _Normalised(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         with _one_thread():
-            gradients = torch.ops.aten.native_batch_norm_backward(dy, *ctx.saved_tensors, True, ctx.eps, [True] * 3)
+            gradients = torch.ops.aten.native_batch_norm_backward(
+                dy, *ctx.saved_tensors, train=True, eps=ctx.eps, output_mask=[True] * 3
+            )
         return *gradients, None, None, None, None
 
 
