@@ -91,8 +91,9 @@ def bad_weight(value, layer):
 
 
 @pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("step, layer", [(7, 1), (STEPS, 0), (STEPS + 1, 2), (2 * STEPS + 4, 1)])
+@pytest.mark.parametrize("value, step, layer", [
+    (math.nan, 7, 1), (math.inf, STEPS, 0), (math.inf, STEPS + 1, 2), (math.nan, 2 * STEPS + 4, 1),
+])  # fmt: skip
 def test_a_bad_weight_is_noticed_in_the_output_of_its_layer(where, value, step, layer):
     fault = diverged(plant(make(**WHERE[where]), step, bad_weight(value, layer)))
     assert fault == f"step {step} (epoch {(step - 1) // STEPS + 1}): the output of layer {layer + 1} of 3"
@@ -261,7 +262,7 @@ def spoiled_ops(ops, step, width, value=math.nan):
 
 
 @pytest.mark.parametrize("ops", [plain, kernels], ids=["plain", "fused"])
-@pytest.mark.parametrize("batch, step", [(20, 14), (100, 4), ("full", 2)])
+@pytest.mark.parametrize("batch, step", [(100, 4), ("full", 2)])
 def test_a_batch_of_several_chunks(ops, batch, step):
     settings = config(batch_size=batch)
     device = replace(cpu("plain", chunk_rows=32), ops=spoiled_ops(ops, step, width=12))
