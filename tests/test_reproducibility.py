@@ -51,14 +51,23 @@ open(sys.argv[1] + "/control", "w").write(digest.hexdigest())
 def place(tmp_path_factory):
     """A folder with the results of all runs by each number of threads, as threads-1/plain, ..."""
     folder = tmp_path_factory.mktemp("threads")
-    write_npy(folder / "images", rows=1600, classes=20)
+    write_npy(folder / "images", rows=900, classes=20)
+    processes = []
     for threads in THREADS:
         names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "KERNELS_NUM_THREADS")
         settings = environment() | {name: str(threads) for name in names}
         (folder / f"threads-{threads}").mkdir()
         command = [sys.executable, "-c", SCRIPT_OF_RUNS, f"threads-{threads}"]
-        result = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, timeout=120)
-        assert (result.returncode, result.stderr) == (0, "")
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        processes.append(subprocess.Popen(command, cwd=folder, env=settings, **pipes))
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=200)
+            assert (process.returncode, errors) == (0, "")
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
     return folder
 
 
