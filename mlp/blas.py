@@ -6,7 +6,8 @@ here a product is divided into tiles of rows, always the same ones, and BLAS com
 
 import itertools
 import os
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 
 import numpy as np
@@ -17,33 +18,58 @@ SMALLEST = 2**22  # multiplications; what has fewer is one tile
 
 
 def multiply(a, b, out) -> None:
-    """out (M, N) = a (M, K) @ b (K, N)."""
+    """out (M, N) = a (M, K) @ b (K, N). May be called by several threads at once."""
     if out.size * len(b) < SMALLEST or len(out) <= TILE_ROWS:
         tiles = [(a, b, out)]
     else:
         tiles = [(a[row : row + TILE_ROWS], b, out[row : row + TILE_ROWS]) for row in range(0, len(out), TILE_ROWS)]
-    libraries = [(library, library.get_num_threads()) for library in _libraries()]
-    threads = min(max((number for _, number in libraries), default=1), len(tiles), _cores())
-    for library, number in libraries:
-        if number != 1:
-            library.set_num_threads(1)
-    try:
-        following = itertools.count()
-        helpers = [_pool().submit(_multiply, tiles, following) for _ in range(threads - 1)]
-        _multiply(tiles, following)
+    with _one_thread as had:
+        following, errors = itertools.count(), np.geterr()  # which a thread does not inherit
+        threads = min(had, len(tiles), _cores())
+        helpers = [_pool().submit(_multiply, tiles, following, errors) for _ in range(threads - 1)]
+        try:
+            _multiply(tiles, following, errors)
+        finally:
+            wait(helpers)  # none of them writes into `out` any more
         for helper in helpers:
             helper.result()
-    finally:
-        for library, number in libraries:
-            if number != 1:
-                library.set_num_threads(number)
 
 
-def _multiply(tiles, following) -> None:
+def _multiply(tiles, following, errors) -> None:
     """Compute tiles until there are no more; `following` counts those that someone has taken."""
-    while (number := next(following)) < len(tiles):
-        a, b, out = tiles[number]
-        np.matmul(a, b, out=out)
+    with np.errstate(**errors):
+        while (number := next(following)) < len(tiles):
+            a, b, out = tiles[number]
+            np.matmul(a, b, out=out)
+
+
+class _OneThread:
+    """BLAS has one thread while anybody is inside; who enters is told how many it has otherwise."""
+
+    def __init__(self):
+        self._lock, self._inside, self._had = threading.Lock(), 0, []
+
+    def __enter__(self) -> int:
+        with self._lock:
+            if not self._inside:
+                self._had = [(library, library.get_num_threads()) for library in _libraries()]
+                self._set(lambda had: 1)
+            self._inside += 1
+            return max((had for _, had in self._had), default=1)
+
+    def __exit__(self, *_):
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._set(lambda had: had)
+
+    def _set(self, number):
+        for library, had in self._had:
+            if had != 1:
+                library.set_num_threads(number(had))
+
+
+_one_thread = _OneThread()
 
 
 @cache
@@ -60,3 +86,7 @@ def _cores() -> int:
 @cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(1, _cores() - 1), "tiles")
+
+
+if hasattr(os, "register_at_fork"):  # a child has none of the threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -12,6 +12,19 @@ from .configs import Config
 from .optim import rate_at
 from .progress import Progress
 
+# What an array holds, by its name and by the name of the array that it goes with: ours (scratch_state.py, model.py) and
+# torch's.
+KINDS = {
+    "weight": "the weights", "bias": "the biases", "norm_weight": "the norm weights",
+    "norm_mean": "the running means", "norm_var": "the running variances",
+    "running_mean": "the running means", "running_var": "the running variances",
+}  # fmt: skip
+OF = {
+    "m": "the first moments of ", "v": "the second moments of ", "velocity": "the momentum of ",
+    "exp_avg": "the first moments of ", "exp_avg_sq": "the second moments of ", "momentum_buffer": "the momentum of ",
+    "average": "the average of ", "average_parameters": "the average of ", "average_running": "the average of ",
+}  # fmt: skip
+
 
 def locate(learner, index, config: Config, progress: Progress) -> str:
     """What went wrong after `progress`, whose state was finite, in the epoch on the images `index`: "step 7 (epoch 1):
@@ -71,8 +84,13 @@ def _of_phase(learner, phase: str) -> str:
         for name, flat in learner.states.arrays.items():
             for part, view in learner.states.views(name, flat):
                 if bad([view]):
-                    return f"{name}/{part} after the update"
+                    kind = part.rstrip("0123456789")
+                    return _after_update(name, kind, int(part.removeprefix(kind)), len(model.weights))
     return ""
+
+
+def _after_update(name: str, kind: str, layer: int, layers: int) -> str:
+    return f"{OF.get(name, '')}{KINDS[kind]} of layer {layer + 1} of {layers} after the update"
 
 
 def of_torch(learner, start: int, stop: int, lr: float) -> str:
@@ -93,11 +111,28 @@ def of_torch(learner, start: int, stop: int, lr: float) -> str:
         handles.append(layer.register_forward_hook(lambda _, given, output, see=see: see(output)))
         see = partial(look_after_loss, f"the gradient {where}")
         handles += [p.register_post_accumulate_grad_hook(lambda p, see=see: see(p.grad)) for p in layer.parameters()]
+    forward_loss = learner.forward_loss
+    learner.forward_loss = learner.eager_forward_loss  # a compiled one calls no hooks
     try:
         learner.train_step(start, stop, lr)
     finally:
+        learner.forward_loss = forward_loss
         for handle in handles:
             handle.remove()
     for name, tensor in learner.state().items():
-        look(f"{name} after the update", tensor)
+        look(_torch_name(learner, name), tensor)
     return found[0] if found else ""
+
+
+def _torch_name(learner, name: str) -> str:
+    """One of learner.state()'s tensors in words: "model/1.0.weight", "average/1.0.weight", "optimizer/2/exp_avg"."""
+    of, _, place = name.partition("/")
+    if of == "optimizer":
+        number, _, of = place.partition("/")
+        place = [name for name, _ in learner.model.named_parameters()][int(number)]
+    if place.count(".") != 2:
+        return "the loss"  # its totals
+    layer, module, kind = place.split(".")
+    if kind == "weight" and hasattr(learner.model[int(layer)][int(module)], "running_mean"):
+        kind = "norm_weight"
+    return _after_update(of, kind, int(layer), len(learner.model))

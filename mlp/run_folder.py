@@ -83,7 +83,7 @@ def outcome(folder: Path) -> str:
         return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["outcome"]
     except FileNotFoundError:
         return ""
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{folder / 'metrics.json'} is damaged ({' '.join(str(error).split())}); delete it") from None
 
 
