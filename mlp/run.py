@@ -93,7 +93,8 @@ def train(
     with _setting(config, options, then) as setting, ExitStack() as locks:
         if options.explain:
             setting.learner.begin_epoch(setting.split.train)
-            print(explain_step(setting.learner, setting.entry))
+            if setting.job.rank == 0:
+                print(explain_step(setting.learner, setting.entry))
             return 0
         content = provenance.of(setting.learner, setting.dataset, setting.device)
 
@@ -117,7 +118,8 @@ def resume(folder: Path, options: Options = Options()) -> int:  # noqa: B008
     if outcome == "diverged":
         raise InputError(f"{folder} holds a run that diverged, and would again; begin a new one with a lower --lr")
     if outcome not in ("", "interrupted"):
-        print(f"the run in {folder} is over ({outcome}); there is nothing to go on with")
+        if distributed.is_first():
+            print(f"the run in {folder} is over ({outcome}); there is nothing to go on with")
         return 0
     with _setting(config, options, content) as setting, ExitStack() as locks:
         now = provenance.of(setting.learner, setting.dataset, setting.device)
@@ -147,9 +149,10 @@ def resume(folder: Path, options: Options = Options()) -> int:  # noqa: B008
 @contextmanager
 def _setting(config: Config, options: Options, then: dict | None = None):
     """Everything that `config` needs; then: the config.json of the run that is gone on with."""
-    device = select_device(config)
-    job = distributed.join(device.kind)
+    job = distributed.join(config.device)
     try:
+        device = job.together(lambda: select_device(config))
+        job.check_device(device.kind)
         dataset = job.first(lambda: data.load(config.data))
         if then is not None and dataset.checksum != then["data_sha256"]:
             raise InputError(

@@ -14,7 +14,7 @@ from . import InputError, faults
 from .configs import Config
 from .data import Dataset
 from .device import check_kernels, cpu_name
-from .distributed import Job, local_rank
+from .distributed import Job, is_job, own_gpu
 from .evaluate import Evaluation
 from .loss import altered_images, class_weights
 from .model import initial_weights
@@ -45,10 +45,8 @@ def select(kind: str, fused: bool) -> TorchDevice:
     if kind == "cuda" and not torch.cuda.is_available():
         raise InputError("torch finds no GPU; install a torch built for CUDA on a machine with one, or use the CPU")
     kind = "cuda" if kind != "cpu" and torch.cuda.is_available() else "cpu"
-    if kind == "cuda":
-        if local_rank() >= torch.cuda.device_count():
-            raise InputError(f"process {local_rank()} has no GPU of its own; start one process per GPU, or take the CPU")
-        torch.cuda.set_device(local_rank())
+    if kind == "cuda" and is_job():
+        torch.cuda.set_device(own_gpu(torch.cuda.device_count()))
     if fused:
         check_kernels(kind)
     return TorchDevice(kind, torch.cuda.get_device_name() if kind == "cuda" else cpu_name())
@@ -65,6 +63,18 @@ class FusedLinear(nn.Linear):
         return torch_ops.bias_act(x @ self.weight.T, self.bias, self.activation)
 
 
+class _Total(torch.autograd.Function):
+    """The sum over the processes of a job, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total)
+        return total
+
+    backward = forward
+
+
 class SharedBatchNorm(nn.BatchNorm1d):
     """Batch normalisation over a batch of which each process of a job has a part, as nn.SyncBatchNorm, which needs
     GPUs: the sums over all rows go through autograd."""
@@ -72,7 +82,7 @@ class SharedBatchNorm(nn.BatchNorm1d):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        total = torch.distributed.nn.functional.all_reduce
+        total = _Total.apply
         rows = total(x.new_tensor([float(len(x))]))
         mean = total(x.sum(dim=0)) / rows
         var = total((x - mean).square().sum(dim=0)) / rows
@@ -152,7 +162,7 @@ class TorchLearner:
         sizes = (data.images.shape[1], *config.hidden, self.classes)
         self.model = self.parallel = sequential(sizes, config, self.job.size).to(self.device)
         if self.job.size > 1:
-            self.parallel = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+            self.parallel = self._distributed()
         self.optimizer = optimizer(config, self.model.parameters())
         weights = class_weights(data.labels, config, train_rows)
         self.class_weights = None if weights is None else torch.from_numpy(weights).to(self.device)
@@ -167,6 +177,20 @@ class TorchLearner:
         self._draw = torch.zeros(1, dtype=torch.int64, device=self.device)  # the epoch, see ScratchLearner
         if self._altered:
             self._altered["draw"] = self._draw
+
+    def _distributed(self) -> nn.parallel.DistributedDataParallel:
+        """The model with gradients that are averaged over the processes of the job.
+
+        Behind the first backward pass gradients are put together in another order than those of that pass, and so summed
+        in another one. One pass is made here, so that the first step of a run that is resumed is like all others."""
+        with self.job.peers():
+            parallel = nn.parallel.DistributedDataParallel(self.model)
+            parallel.broadcast_buffers = False  # the running statistics are the same everywhere
+            self.model.eval()
+            parallel(self.images[:1].to(torch.float32)).sum().backward()
+            self.model.train()
+        self.model.zero_grad(set_to_none=True)
+        return parallel
 
     @property
     def parameter_count(self) -> int:
@@ -204,7 +228,7 @@ class TorchLearner:
         for begin in range(first, last, self.chunk_rows):
             end = min(begin + self.chunk_rows, last)
             x, labels = self.gather(self._order[begin:end], **self._altered)
-            with nullcontext() if end == last or self.job.size == 1 else self.parallel.no_sync():
+            with self.job.peers() if end == last or self.job.size == 1 else self.parallel.no_sync():
                 loss = self.forward_loss(x, labels)
                 # The chunk's share of the batch's mean; what the processes have is averaged.
                 loss.backward(loss.new_full((), len(x) * self.job.size / (stop - start)))
@@ -267,7 +291,7 @@ class TorchLearner:
         kept = None if self.averages is None else self._copies()
         self._take(self.averages)
         self.model.eval()
-        for part in index.split(self.chunk_rows):
+        for part in index.split(self.chunk_rows) if len(index) else ():
             x, labels = self.gather(part, **({"noise_sigma": noise_sigma} if noise_sigma else {}))
             logits = self.model(x)
             confusion += torch.bincount(labels * self.classes + logits.argmax(dim=1), minlength=self.classes**2)
