@@ -195,6 +195,7 @@ def _train(setting: Setting, folder: Path | None, began: float, progress=None) -
             f"error: {history.fault} became NaN or infinite; the last good checkpoint is {keeper.path}, of "
             f"{keeper.place}; try a lower --lr", file=sys.stderr,
         )  # fmt: skip
+    setting.job.all(None)  # the first process of a job to leave with an error ends the others, which may be writing
     return {"interrupted": 128 + signal.SIGINT, "terminated": 128 + signal.SIGTERM, "diverged": 1}.get(history.outcome, 0)
 
 
