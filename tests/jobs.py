@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from mlp.data import stratified_split
 from mlp.loop import fit
 from mlp.progress import History, Progress
 
-from .training import ROOT, SCRIPT, easy_dataset, environment
+from .training import SCRIPT, easy_dataset, environment
 
 DATA = easy_dataset(1500, 5)
 SPLIT = stratified_split(DATA.labels)
@@ -31,20 +32,16 @@ REFINED = dict(schedule="cosine", label_smoothing=0.1, class_balance=0.9, l2=1e-
 CASES = {
     "plain": dict(model="m1"),
     "fused": dict(model="m1", fused=True),
-    "sgd": dict(model="m0", momentum=0.9),
     "robust": dict(model="robust", fused=True, train_noise=0.5, augment=1.0),
-    "robust plain": dict(model="robust", train_noise=0.5, augment=1.0),
-    "dropout": dict(model="m1", fused=True, dropout=0.3),
-    "average": dict(model="m1", fused=True, ema=0.9, **REFINED),
-    "average of statistics": dict(model="robust", ema=0.9),
+    "robust plain": dict(model="robust", train_noise=0.5, augment=1.0, ema=0.9),
+    "average": dict(model="m1", fused=True, dropout=0.3, ema=0.9, **REFINED),
     "chunks": dict(model="m1", fused=True, dropout=0.3, chunk_rows=10),
     "m2": dict(model="m2"),
-    "m2 fused": dict(model="m2", fused=True),
-    "m2 refined": dict(model="m2", ema=0.9, **REFINED),
+    "m2 fused": dict(model="m2", fused=True, ema=0.9, **REFINED),
     "m2 chunks": dict(model="m2", chunk_rows=10),
     "m3": dict(model="m3", dropout=0.0, augment=1.0),
 }
-SERVICE = ("-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
+OF_LAUNCHER = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--nproc-per-node")
 
 
 def make(changes: dict, job: distributed.Job):
@@ -99,37 +96,60 @@ def leave(folder: Path, job: distributed.Job) -> None:
         np.savez(folder / f"{name} {job.rank}.npz", **result)
 
 
-def start(processes: int, *arguments, cwd: Path) -> subprocess.Popen:
-    """A job of train.py, or of what else comes after the launcher's options."""
-    given = arguments if arguments[0] == "-m" else (SCRIPT, *arguments)
-    command = [sys.executable, *SERVICE, "--nproc-per-node", processes, *given]
-    environ = environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        list(map(str, command)), cwd=cwd, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
+class Started:
+    """A job of train.py in the folder `cwd`, by the function behind the command torchrun: forked, because importing
+    torch takes longer than most of these jobs compute."""
 
+    def __init__(self, processes: int, *arguments, cwd: Path):
+        import torch.distributed.run
 
-def finish(job: subprocess.Popen, timeout: float = 60) -> subprocess.CompletedProcess:
-    """Wait for its end. A job that hangs is killed, and subprocess.TimeoutExpired raised."""
-    try:
-        out, err = job.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        for pid in (*ranks(job).values(), job.pid):
-            os.kill(pid, signal.SIGKILL)
-        raise
-    return subprocess.CompletedProcess(job.args, job.returncode, out, err)
+        self._launcher = torch.distributed.run.main
+        self._output = [tempfile.TemporaryFile("w+") for _ in range(2)]
+        command = [*OF_LAUNCHER, processes, SCRIPT, *arguments]
+        self._process = multiprocessing.get_context("fork").Process(
+            target=self._launch, args=(list(map(str, command)), cwd)
+        )
+        self._process.start()
+        self.pid = self._process.pid
 
+    def _launch(self, command, cwd):
+        os.chdir(cwd)
+        for number, file in zip((1, 2), self._output):
+            os.dup2(file.fileno(), number)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1) for number in (1, 2))
+        os.environ |= environment() | {"OMP_NUM_THREADS": "1"}
+        self._launcher(command)
 
-def ranks(job: subprocess.Popen) -> dict[int, int]:
-    """The processes that the launcher has started: rank -> process number."""
-    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    found = {}
-    for pid in map(int, children):
-        environ = dict(x.split("=", 1) for x in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in x)
-        if "RANK" in environ:
-            found[int(environ["RANK"])] = pid
-    return found
+    def is_over(self) -> bool:
+        return not self._process.is_alive()
+
+    def ranks(self) -> dict[int, int]:
+        """The processes that the launcher has started: rank -> process number."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        found = {}
+        for pid in map(int, children):
+            environ = dict(x.split("=", 1) for x in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in x)
+            if "RANK" in environ:
+                found[int(environ["RANK"])] = pid
+        return found
+
+    def finish(self, timeout: float = 60) -> subprocess.CompletedProcess:
+        """Wait for its end. A job that hangs is killed, and AssertionError raised."""
+        self._process.join(timeout)
+        hangs = not self.is_over()
+        if hangs:
+            for pid in (*self.ranks().values(), self.pid):
+                os.kill(pid, signal.SIGKILL)
+            self._process.join()
+        out, err = (self._text(file) for file in self._output)
+        assert not hangs, f"a job does not come to an end: {out}{err}"
+        return subprocess.CompletedProcess("torchrun", self._process.exitcode, out, err)
+
+    @staticmethod
+    def _text(file):
+        with file:
+            file.seek(0)
+            return file.read()
 
 
 def _process(folder: Path, rank: int, processes: int, port: int) -> None:
