@@ -165,7 +165,8 @@ class TorchJob(Job):
             yield
             return
         stream = sys.modules["cupy"].cuda.get_current_stream().ptr
-        with self.torch.cuda.stream(self.torch.cuda.ExternalStream(stream) if stream else None):
+        own = self.torch.cuda.ExternalStream(stream, array.device.id) if stream else None  # 0: the default one of both
+        with self.torch.cuda.stream(own):
             yield
 
 

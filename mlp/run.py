@@ -252,7 +252,9 @@ def make_learner(
     if plan is not None and device.kind == "cuda":
         return ScratchLearner(config, dataset, device, train_rows, chosen, forms.as_plan(plan), job), {}
     batch = -(-config.batch_of(train_rows) // job.size)
-    best, entry = tuning.plan(config, device, chosen, sizes, min(batch, device.chunk_rows), tune)
+    # One plan for all processes of a job: it decides how the parameters lie in memory, and so what is added to what.
+    rows = min(batch, device.chunk_rows)
+    best, entry = job.all(job.lead(lambda: tuning.plan(config, device, chosen, sizes, rows, tune)))[0]
     return ScratchLearner(config, dataset, device, train_rows, chosen, best, job), entry
 
 

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels import plain
-from mlp import InputError, LostProcess, cli, configs, distributed, search
+from mlp import InputError, LostProcess, cli, configs, device, distributed, search
 from mlp.distributed import LOST, Job, SharedNorm
 from mlp.scratch import ScratchLearner
 
+from . import stand_in_gpu
 from .checks import assert_same_bits
 from .simulated_gpu import Gpu
 from .training import ROOT, SCRIPT, all_rows, close, cpu, easy_dataset, environment
@@ -159,17 +160,18 @@ def test_graphs_of_a_job_compute_what_one_process_does(monkeypatch, changes):
     assert all(learner.captures for learner in learners)
     for start in range(0, 100, 24):
         sums = []
-        for learner in learners:  # the processes take turns, each up to where it would wait for the other
-            def meet(array, sums=sums):
-                sums.append(array.copy())
-                raise Waits
 
+        def meet(array, sums=sums):
+            sums.append(array.copy())
+            raise Waits
+
+        for learner in learners:  # the processes take turns, each up to where it would wait for the other
             learner.job.add = meet
             with pytest.raises(Waits):
                 learner.train_step(start, min(start + 24, 100), 1e-3)
         for learner in learners:
             learner._sum[...] = sums[0] + sums[1]
-            learner.replay(("update",), None)
+            learner.replay(("update",), partial(learner._update, learner._sum))
     for learner in learners:
         assert {key[0] for key, _ in learner.replay._captured} == {"chunk", "update"}
         assert_same_bits(learner.model.parameters, learners[0].model.parameters)
@@ -198,6 +200,16 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch, of_a_job):
         distributed.own_gpu(1)
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert distributed.own_gpu(1) == 0
+
+
+def test_cupy_computes_on_the_gpu_of_the_process(monkeypatch, of_a_job):
+    cupy, used = stand_in_gpu.install(monkeypatch), []
+    cupy.cuda.Device = lambda number: SimpleNamespace(use=lambda: used.append(number))
+    properties = [{"name": f"GPU {number}".encode()} for number in range(3)]
+    cupy.cuda.runtime = SimpleNamespace(
+        getDeviceCount=lambda: 3, getDevice=lambda: used[-1], getDeviceProperties=properties.__getitem__
+    )
+    assert device._gpu(fused=False).name == "GPU 1" and used == [1]
 
 
 def test_arrays_on_a_gpu_need_a_torch_that_can_send_them():
