@@ -1,7 +1,7 @@
 """One run by several processes, each with a part of every batch: python -m torch.distributed.run, or torchrun, train.py
 
-Everything goes through torch.distributed: gloo between CPUs, NCCL between GPUs. Arrays of NumPy and CuPy are handed over
-without a copy (DLPack). Every process has all parameters and all data, and the same steps are made everywhere.
+Everything goes through torch.distributed: gloo between CPUs, NCCL between GPUs. Arrays of NumPy and CuPy are handed
+over without a copy (DLPack). Every process has all parameters and all data, and the same steps are made everywhere.
 """
 
 import os
@@ -42,7 +42,7 @@ class Job:
         return array[None].copy()
 
     def own(self, gathered):
-        """What gather() was given, also where another number of processes has gathered: then the first takes the sum."""
+        """What gather() was given; where another number of processes has gathered, the first takes the sum."""
         return gathered[self.rank] if len(gathered) == self.size else gathered.sum(axis=0) * (self.rank == 0)
 
     def total(self, array: np.ndarray) -> np.ndarray:
@@ -77,7 +77,7 @@ class Job:
         return nullcontext()
 
     def check_device(self, kind: str) -> None:
-        """InputError where the processes cannot send arrays of this kind of device, "cpu" or "cuda"."""
+        """InputError where the processes cannot send each other arrays of this kind of device, "cpu" or "cuda"."""
 
     def close(self) -> None:
         """Leave the job in order."""
@@ -151,9 +151,11 @@ class TorchJob(Job):
     def check_device(self, kind):
         if kind == "cuda" and not self._gpus:
             raise InputError(
-                "several processes with a GPU each need a torch that was built for CUDA, with NCCL; install one, or give "
-                "--device cpu"
+                "several processes with a GPU each need a torch that was built for CUDA, with NCCL; install one, or "
+                "give --device cpu"
             )
+        if len(kinds := set(self.all(kind))) > 1:
+            raise InputError(f"some processes would compute on {' and some on '.join(sorted(kinds))}; give --device")
 
     def close(self):
         self.dist.destroy_process_group()
@@ -177,8 +179,8 @@ class SharedNorm:
         self.job, self.xp = job, xp
 
     def statistics(self, rows, mean, var, running_mean, running_var, momentum=0.1) -> None:
-        """Turn the statistics (N,) of this process's rows into those of all, merged as by Chan et al. (1979) in float64,
-        and move the running ones as kernels.batch_norm_stats does."""
+        """Turn the statistics (N,) of this process's rows into those of all, merged as by Chan et al. (1979) in
+        float64, and move the running ones as kernels.batch_norm_stats does."""
         shares, total, means, variances = self._gather(rows, mean, var)
         merged = (shares * means).sum(axis=0)
         spread = (shares * (variances + (means - merged) ** 2)).sum(axis=0)
@@ -187,8 +189,8 @@ class SharedNorm:
         running_var += (momentum * (spread * (total / max(1.0, total - 1.0)) - running_var)).astype(np.float32)
 
     def gradient(self, dz, z, mean, var, weight, bias_grad, weight_grad, eps=1e-5) -> None:
-        """Turn the gradient dz (B, N) that norm_act_backward() finds for this process's rows, with the statistics of all,
-        into that for the whole batch. It subtracts the means over its own rows of the gradient and of the gradient
+        """Turn the gradient dz (B, N) that norm_act_backward() finds for this process's rows, with the statistics of
+        all, into that for the whole batch. It subtracts the means over its own rows of the gradient and of the gradient
         times the normalised product; here they are replaced by those over all."""
         _, total, *sums = self._gather(len(dz), bias_grad, weight_grad)
         of_bias, of_weight = (

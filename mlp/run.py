@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from . import InputError, checkpoint, data, distributed, forms, plots, products, provenance, ranges, run_folder, tuning
+from . import (
+    InputError, LostProcess, checkpoint, data, distributed, forms, plots, products, provenance, ranges, run_folder, tuning,
+)  # fmt: skip
 from .configs import Config, describe
 from .device import select
 from .evaluate import NOISE_SIGMA, Evaluation
@@ -165,6 +167,9 @@ def _setting(config: Config, options: Options, then: dict | None = None):
             lambda: make_learner(config, dataset, device, len(split.train), options.tune, job, plan)
         )
         yield Setting(config, options, job, device, dataset, split, learner, entry)
+    except LostProcess:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # with which the launcher ends the others, before they can say why
+        raise
     finally:
         job.close()
 

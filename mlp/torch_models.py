@@ -180,8 +180,8 @@ class TorchLearner:
     def _distributed(self) -> nn.parallel.DistributedDataParallel:
         """The model with gradients that are averaged over the processes of the job.
 
-        Behind the first backward pass gradients are put together in another order than those of that pass, and so summed
-        in another one. One pass is made here, so that the first step of a run that is resumed is like all others."""
+        After the first backward pass gradients are put together in another order, and so are their sums. One pass is
+        made here, so that the first step of a run that is resumed is like all others."""
         with self.job.peers():
             parallel = nn.parallel.DistributedDataParallel(self.model)
             parallel.broadcast_buffers = False  # the running statistics are the same everywhere

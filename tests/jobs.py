@@ -67,7 +67,8 @@ class Memory:
         return True
 
     def save(self, progress, learner):
-        self.state, self.best, self.done = learner.to_host(progress.state), learner.to_host(progress.best), progress.done
+        self.state, self.best = learner.to_host(progress.state), learner.to_host(progress.best)
+        self.done = progress.done
 
 
 def trained(learner, keeper=None, progress=None) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels import plain
-from mlp import InputError, LostProcess, cli, configs, device, distributed, search
+from mlp import InputError, LostProcess, cli, configs, device, distributed, run, search
 from mlp.distributed import LOST, Job, SharedNorm
 from mlp.scratch import ScratchLearner
 
@@ -101,6 +101,18 @@ def test_totals_of_all_processes_are_taken_up_by_any_number(then, now):
         assert_same_bits(np.stack(parts), gathered)
 
 
+@pytest.mark.parametrize("model", ("m1", "m2"))
+def test_a_process_without_an_image_to_judge_adds_nothing(model):
+    data = easy_dataset(60, 5)
+    config = configs.preset(model, device="cpu", hidden=(8,), batch_size=20)
+    learner = run.make_learner(config, data, run.select_device(config), 60)[0]
+    learner.job = member(0, 3)
+    learner.job.total = lambda array: array
+    assert learner.job.share(0, 1) == (0, 0)
+    judged = learner.evaluate(all_rows(data)[:1])
+    assert judged.cross_entropy == 0.0 and not judged.confusion.any()
+
+
 # ---- batch normalisation
 
 
@@ -114,7 +126,8 @@ def test_statistics_and_gradients_are_those_of_the_whole_batch(rng, rows, width,
 
     def of(job, ops, z, dy):
         mean, var, moved = np.empty(width, np.float32), np.empty(width, np.float32), running.copy()
-        ops.batch_norm_stats(z, mean=mean, var=var, **({} if job else dict(running_mean=moved[0], running_var=moved[1])))
+        own = {} if job else dict(running_mean=moved[0], running_var=moved[1])
+        ops.batch_norm_stats(z, mean=mean, var=var, **own)
         if job:
             SharedNorm(job, np).statistics(len(z), mean, var, *moved)
         norm = dict(mean=mean, var=var, weight=weight)
@@ -214,9 +227,12 @@ def test_cupy_computes_on_the_gpu_of_the_process(monkeypatch, of_a_job):
 
 def test_arrays_on_a_gpu_need_a_torch_that_can_send_them():
     job = distributed.TorchJob.__new__(distributed.TorchJob)
-    job._gpus = False
+    job._gpus, job.all = False, lambda value: [value, "cpu"]
     job.check_device("cpu")
     with pytest.raises(InputError, match="need a torch that was built for CUDA"):
+        job.check_device("cuda")
+    job._gpus = True
+    with pytest.raises(InputError, match="^some processes would compute on cpu and some on cuda; give --device$"):
         job.check_device("cuda")
 
 
