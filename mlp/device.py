@@ -10,6 +10,7 @@ import kernels
 from kernels import BackendError, plain
 
 from . import InputError
+from .distributed import is_job, own_gpu
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ def check_kernels(kind: str) -> None:
 def _gpu(fused: bool) -> Device:
     import cupy
 
+    if is_job():
+        cupy.cuda.Device(own_gpu(cupy.cuda.runtime.getDeviceCount())).use()
     try:
         one = cupy.ones((1, 1))
         (one @ one).sum().item()  # a kernel and a matrix product: finds CUDA libraries that are missing or do not fit

@@ -1,12 +1,12 @@
 """One run by several processes, each with a part of every batch: python -m torch.distributed.run, or torchrun, train.py
 
-Everything goes through torch.distributed: gloo between CPUs, NCCL between GPUs. Arrays of NumPy and CuPy are handed over
-without a copy (DLPack). Every process has all parameters and all data, and the same steps are made everywhere.
+Everything goes through torch.distributed: gloo between CPUs, NCCL between GPUs. Arrays of NumPy and CuPy are handed
+over without a copy (DLPack). Every process has all parameters and all data, and the same steps are made everywhere.
 """
 
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 
@@ -19,7 +19,6 @@ class Job:
     """One process on its own."""
 
     rank, size = 0, 1
-    torch_backend = ""
 
     def share(self, start: int, stop: int) -> tuple[int, int]:
         """This process's part of the rows [start, stop)."""
@@ -43,7 +42,7 @@ class Job:
         return array[None].copy()
 
     def own(self, gathered):
-        """What gather() was given, also where another number of processes has gathered: then the first takes the sum."""
+        """What gather() was given; where another number of processes has gathered, the first takes the sum."""
         return gathered[self.rank] if len(gathered) == self.size else gathered.sum(axis=0) * (self.rank == 0)
 
     def total(self, array: np.ndarray) -> np.ndarray:
@@ -73,6 +72,13 @@ class Job:
         """function() in all at once; InputError in all where one raises it."""
         return function()
 
+    def peers(self):
+        """While active, what torch says when a process is gone is LostProcess."""
+        return nullcontext()
+
+    def check_device(self, kind: str) -> None:
+        """InputError where the processes cannot send each other arrays of this kind of device, "cpu" or "cuda"."""
+
     def close(self) -> None:
         """Leave the job in order."""
 
@@ -81,39 +87,40 @@ class TorchJob(Job):
     """A process that torchrun has started, beside its others."""
 
     def __init__(self, kind: str):
-        """kind: of the device, "cpu" or "cuda", on which the process computes."""
+        """kind: as in --device."""
         import torch
         import torch.distributed as dist
 
         self.torch, self.dist = torch, dist
+        self._gpus = kind != "cpu" and dist.is_nccl_available() and torch.cuda.is_available()
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self._gpus else "gloo")
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"the processes of this job do not find each other ({reason}); start it again") from None
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def add(self, array) -> None:
-        with _peers(), self._stream(array):
+        with self.peers(), self._stream(array):
             self.dist.all_reduce(self.torch.from_dlpack(array))
 
     def gather(self, array):
         stacked = np.empty if isinstance(array, np.ndarray) else sys.modules["cupy"].empty
         stacked = stacked((self.size, *array.shape), array.dtype)
-        with _peers(), self._stream(array):
+        with self.peers(), self._stream(array):
             parts = list(self.torch.from_dlpack(stacked))
             self.dist.all_gather(parts, self.torch.from_dlpack(array))
         return stacked
 
     def total(self, array):
         summed = array.copy()
-        with _peers():
+        with self.peers():
             self.dist.all_reduce(self.torch.from_numpy(summed))
         return summed
 
     def all(self, value):
         values = [None] * self.size
-        with _peers():
+        with self.peers():
             self.dist.all_gather_object(values, value)
         return values
 
@@ -131,6 +138,25 @@ class TorchJob(Job):
             raise InputError(problem)
         return result
 
+    @contextmanager
+    def peers(self):
+        try:
+            yield
+        except RuntimeError as error:
+            # What gloo says has no type of its own, but names the file of its that says it.
+            if isinstance(error, self.dist.DistError) or "gloo" in str(error):
+                raise LostProcess(LOST) from None
+            raise
+
+    def check_device(self, kind):
+        if kind == "cuda" and not self._gpus:
+            raise InputError(
+                "several processes with a GPU each need a torch that was built for CUDA, with NCCL; install one, or "
+                "give --device cpu"
+            )
+        if len(kinds := set(self.all(kind))) > 1:
+            raise InputError(f"some processes would compute on {' and some on '.join(sorted(kinds))}; give --device")
+
     def close(self):
         self.dist.destroy_process_group()
 
@@ -141,7 +167,8 @@ class TorchJob(Job):
             yield
             return
         stream = sys.modules["cupy"].cuda.get_current_stream().ptr
-        with self.torch.cuda.stream(self.torch.cuda.ExternalStream(stream) if stream else None):
+        own = self.torch.cuda.ExternalStream(stream, array.device.id) if stream else None  # 0: the default one of both
+        with self.torch.cuda.stream(own):
             yield
 
 
@@ -152,8 +179,8 @@ class SharedNorm:
         self.job, self.xp = job, xp
 
     def statistics(self, rows, mean, var, running_mean, running_var, momentum=0.1) -> None:
-        """Turn the statistics (N,) of this process's rows into those of all, merged as by Chan et al. (1979) in float64,
-        and move the running ones as kernels.batch_norm_stats does."""
+        """Turn the statistics (N,) of this process's rows into those of all, merged as by Chan et al. (1979) in
+        float64, and move the running ones as kernels.batch_norm_stats does."""
         shares, total, means, variances = self._gather(rows, mean, var)
         merged = (shares * means).sum(axis=0)
         spread = (shares * (variances + (means - merged) ** 2)).sum(axis=0)
@@ -162,8 +189,8 @@ class SharedNorm:
         running_var += (momentum * (spread * (total / max(1.0, total - 1.0)) - running_var)).astype(np.float32)
 
     def gradient(self, dz, z, mean, var, weight, bias_grad, weight_grad, eps=1e-5) -> None:
-        """Turn the gradient dz (B, N) that norm_act_backward() finds for this process's rows, with the statistics of all,
-        into that for the whole batch. It subtracts the means over its own rows of the gradient and of the gradient
+        """Turn the gradient dz (B, N) that norm_act_backward() finds for this process's rows, with the statistics of
+        all, into that for the whole batch. It subtracts the means over its own rows of the gradient and of the gradient
         times the normalised product; here they are replaced by those over all."""
         _, total, *sums = self._gather(len(dz), bias_grad, weight_grad)
         of_bias, of_weight = (
@@ -191,18 +218,27 @@ def is_job() -> bool:
 
 
 def join(kind: str) -> Job:
-    """The job that this process belongs to, which computes on "cpu" or "cuda"; InputError where torch is missing."""
+    """The job that this process belongs to, for a --device; InputError where torch is missing.
+
+    Before anything is computed: the processes on this machine share its cores, which the kernels' threads are told by
+    KERNELS_NUM_THREADS, unless the user has done so."""
     if not is_job():
         return Job()
+    os.environ.setdefault("KERNELS_NUM_THREADS", str(max(1, _cores() // processes_here())))
     try:
         return TorchJob(kind)
     except ImportError as error:
         raise InputError(f"several processes need torch ({error}); run `pip install torch`") from None
 
 
-def local_rank() -> int:
-    """The number of this process on its machine: that of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if is_job() else 0
+def own_gpu(count: int) -> int:
+    """The number of this process's GPU of those on its machine; InputError where they are too few."""
+    if count < processes_here():
+        raise InputError(
+            f"{processes_here()} processes were started on a machine with {count} GPU{'s' * (count != 1)}, expected at "
+            "most one for each; start fewer, or give --device cpu"
+        )
+    return int(os.environ["LOCAL_RANK"]) if is_job() else 0
 
 
 def is_first() -> bool:
@@ -215,13 +251,8 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_job() else 1
 
 
-@contextmanager
-def _peers():
-    """What torch says when a process is gone, in a sentence."""
-    try:
-        yield
-    except RuntimeError:
-        raise LostProcess(LOST) from None
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _tried(function) -> tuple:

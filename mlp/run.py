@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from . import InputError, checkpoint, data, distributed, forms, plots, products, provenance, ranges, run_folder, tuning
+from . import (
+    InputError, LostProcess, checkpoint, data, distributed, forms, plots, products, provenance, ranges, run_folder, tuning,
+)  # fmt: skip
 from .configs import Config
 from .console import ConsoleReporter, print_setting, print_summary
 from .device import select
@@ -68,7 +70,8 @@ def train(
     with _setting(config, options, then) as setting, ExitStack() as locks:
         if options.explain:
             setting.learner.begin_epoch(setting.split.train)
-            print(explain_step(setting.learner, setting.entry))
+            if setting.job.rank == 0:
+                print(explain_step(setting.learner, setting.entry))
             return 0
         content = provenance.of(setting.learner, setting.dataset, setting.device)
 
@@ -92,7 +95,8 @@ def resume(folder: Path, options: Options = Options()) -> int:  # noqa: B008
     if outcome == "diverged":
         raise InputError(f"{folder} holds a run that diverged, and would again; begin a new one with a lower --lr")
     if outcome not in ("", "interrupted"):
-        print(f"the run in {folder} is over ({outcome}); there is nothing to go on with")
+        if distributed.is_first():
+            print(f"the run in {folder} is over ({outcome}); there is nothing to go on with")
         return 0
     with _setting(config, options, content) as setting, ExitStack() as locks:
         now = provenance.of(setting.learner, setting.dataset, setting.device)
@@ -124,9 +128,10 @@ def resume(folder: Path, options: Options = Options()) -> int:  # noqa: B008
 def _setting(config: Config, options: Options, then: dict | None = None):
     """Everything that `config` needs; then: the config.json of the run that is gone on with."""
     annotate = ranges.nvtx_annotate() if options.nvtx else nullcontext
-    device = select_device(config)
-    job = distributed.join(device.kind)
+    job = distributed.join(config.device)
     try:
+        device = job.together(lambda: select_device(config))
+        job.check_device(device.kind)
         dataset = job.first(lambda: data.load(config.data))
         if then is not None and dataset.checksum != then["data_sha256"]:
             raise InputError(
@@ -141,6 +146,9 @@ def _setting(config: Config, options: Options, then: dict | None = None):
         if options.nvtx:
             ranges.attach(learner, annotate)
         yield Setting(config, options, job, device, dataset, split, learner, entry, annotate)
+    except LostProcess:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # with which the launcher ends the others, before they can say why
+        raise
     finally:
         job.close()
 
@@ -168,6 +176,7 @@ def _train(setting: Setting, folder: Path | None, began: float, progress=None) -
             f"error: {history.fault} became NaN or infinite; the last good checkpoint is {keeper.path}, of "
             f"{keeper.place}; try a lower --lr", file=sys.stderr,
         )  # fmt: skip
+    setting.job.all(None)  # the first process of a job to leave with an error ends the others, which may be writing
     return {"interrupted": 128 + signal.SIGINT, "terminated": 128 + signal.SIGTERM, "diverged": 1}.get(history.outcome, 0)
 
 
@@ -211,7 +220,9 @@ def make_learner(
     if plan is not None and device.kind == "cuda":
         return ScratchLearner(config, dataset, device, train_rows, chosen, forms.as_plan(plan), job), {}
     batch = -(-config.batch_of(train_rows) // job.size)
-    best, entry = tuning.plan(config, device, chosen, sizes, min(batch, device.chunk_rows), tune)
+    # One plan for all processes of a job: it decides how the parameters lie in memory, and so what is added to what.
+    rows = min(batch, device.chunk_rows)
+    best, entry = job.all(job.lead(lambda: tuning.plan(config, device, chosen, sizes, rows, tune)))[0]
     return ScratchLearner(config, dataset, device, train_rows, chosen, best, job), entry
 
 

@@ -20,6 +20,7 @@ import optuna
 
 from . import InputError, data
 from .configs import Config
+from .distributed import is_job
 from .files import file_name, make_folder
 from .loop import Reporter, fit
 from .run import make_learner, select_device
@@ -108,6 +109,8 @@ def run(config: Config, given: Collection[str], *, search: int | None = None, st
     been written in each case. InputError for whatever the user can mend.
     """
     _refuse(search, jobs, of_one_run)
+    if is_job():
+        raise InputError("--search has processes of its own; give --jobs instead of starting it by torchrun")
     space = Space.around(config, given)
     dataset = data.load(config.data)
     objective = Objective(space, dataset)

@@ -1,6 +1,6 @@
 """The models in PyTorch, as the training loop sees them: what ours are compared and timed with, and M2 and M3."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,18 +14,10 @@ from . import InputError, faults
 from .configs import Config
 from .data import Dataset
 from .device import check_kernels, cpu_name
-from .distributed import Job, local_rank
+from .distributed import Job, is_job, own_gpu
 from .evaluate import Evaluation
 from .loss import altered_images, class_weights
-from .model import initial_weights
-
-ACTIVATIONS = {
-    "relu": nn.ReLU,
-    "leaky_relu": lambda: nn.LeakyReLU(plain.LEAKY_SLOPE),
-    "silu": nn.SiLU,
-    "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
-}
+from .torch_layers import optimizer, sequential
 
 
 @dataclass(frozen=True)
@@ -45,122 +37,11 @@ def select(kind: str, fused: bool) -> TorchDevice:
     if kind == "cuda" and not torch.cuda.is_available():
         raise InputError("torch finds no GPU; install a torch built for CUDA on a machine with one, or use the CPU")
     kind = "cuda" if kind != "cpu" and torch.cuda.is_available() else "cpu"
-    if kind == "cuda":
-        if local_rank() >= torch.cuda.device_count():
-            raise InputError(f"process {local_rank()} has no GPU of its own; start one process per GPU, or take the CPU")
-        torch.cuda.set_device(local_rank())
+    if kind == "cuda" and is_job():
+        torch.cuda.set_device(own_gpu(torch.cuda.device_count()))
     if fused:
         check_kernels(kind)
     return TorchDevice(kind, torch.cuda.get_device_name() if kind == "cuda" else cpu_name())
-
-
-class FusedLinear(nn.Linear):
-    """A linear layer and the activation after it, by our kernel after torch's product."""
-
-    def __init__(self, n_in, n_out, activation, device=None):
-        super().__init__(n_in, n_out, device=device)
-        self.activation = activation
-
-    def forward(self, x):
-        return torch_ops.bias_act(x @ self.weight.T, self.bias, self.activation)
-
-
-class _Normalised(torch.autograd.Function):
-    """Batch normalisation on a CPU by one thread. torch's takes the sums over the rows apart by threads, so that their
-    number would decide the last bits of a run. Two threads would save 0.1 of 0.5 ms for 512 rows of 400, forward and
-    backward."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, mean, var, momentum, eps):
-        with _one_thread():
-            y, *saved = torch.native_batch_norm(x, weight, bias, mean, var, True, momentum, eps)
-        ctx.save_for_backward(x, weight, mean, var, *saved)
-        ctx.eps = eps
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        with _one_thread():
-            gradients = torch.ops.aten.native_batch_norm_backward(
-                dy, *ctx.saved_tensors, train=True, eps=ctx.eps, output_mask=[True] * 3
-            )
-        return *gradients, None, None, None, None
-
-
-@contextmanager
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-class BatchNorm(nn.BatchNorm1d):
-    """nn.BatchNorm1d, the same bits whatever the number of threads, unless it is compiled."""
-
-    def forward(self, x):
-        if not self.training or x.device.type != "cpu" or torch.compiler.is_compiling():
-            return super().forward(x)
-        self.num_batches_tracked += 1
-        return _Normalised.apply(
-            x, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps
-        )
-
-
-class SharedBatchNorm(nn.BatchNorm1d):
-    """Batch normalisation over a batch of which each process of a job has a part, as nn.SyncBatchNorm, which needs
-    GPUs: the sums over all rows go through autograd."""
-
-    def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        total = torch.distributed.nn.functional.all_reduce
-        rows = total(x.new_tensor([float(len(x))]))
-        mean = total(x.sum(dim=0)) / rows
-        var = total((x - mean).square().sum(dim=0)) / rows
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (rows / (rows - 1.0).clamp(min=1.0)), self.momentum)
-            self.num_batches_tracked += 1
-        return (x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
-
-
-def _layer(weight, config: Config, last: bool, norm_of=BatchNorm) -> nn.Sequential:
-    """Of a weight (in, out): a linear module first, and what follows it."""
-    n_in, n_out = weight.shape
-    norm = config.batch_norm and not last
-    if config.fused and not norm:
-        linear = nn.utils.skip_init(FusedLinear, n_in, n_out, "identity" if last else config.activation)
-        follow = []
-    else:  # skip_init leaves torch's generator alone
-        linear = nn.utils.skip_init(nn.Linear, n_in, n_out, bias=not norm)
-        follow = [norm_of(n_out)] * norm + ([] if last else [ACTIVATIONS[config.activation]()])
-    if config.dropout and not last:
-        follow.append(nn.Dropout(config.dropout))
-    with torch.no_grad():
-        linear.weight.copy_(torch.from_numpy(weight.T))  # torch's are (out, in)
-        if linear.bias is not None:
-            linear.bias.zero_()
-    return nn.Sequential(linear, *follow)
-
-
-def sequential(sizes, config: Config, processes: int = 1) -> nn.Sequential:
-    """A module per layer, with the initial weights of model.MLP."""
-    weights, norm_of = list(initial_weights(sizes, config.seed)), SharedBatchNorm if processes > 1 else BatchNorm
-    layers = (_layer(w, config, number == len(weights), norm_of) for number, w in enumerate(weights, 1))
-    return nn.Sequential(*layers)
-
-
-def optimizer(config: Config, parameters) -> torch.optim.Optimizer:
-    """The optimizer of `config`: torch's in its fused form, one pass for all parameters on a GPU, or our Adam."""
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.l2, fused=True)
-    options = dict(lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.l2)
-    if config.fused:
-        return torch_ops.FusedAdam(parameters, **options, decoupled_weight_decay=config.decoupled)
-    return (torch.optim.AdamW if config.decoupled else torch.optim.Adam)(parameters, **options, fused=True)
 
 
 class TorchLearner:
@@ -196,7 +77,7 @@ class TorchLearner:
         sizes = (data.images.shape[1], *config.hidden, self.classes)
         self.model = self.parallel = sequential(sizes, config, self.job.size).to(self.device)
         if self.job.size > 1:
-            self.parallel = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+            self.parallel = self._distributed()
         self.optimizer = optimizer(config, self.model.parameters())
         weights = class_weights(data.labels, config, train_rows)
         self.class_weights = None if weights is None else torch.from_numpy(weights).to(self.device)
@@ -211,6 +92,20 @@ class TorchLearner:
         self._draw = torch.zeros(1, dtype=torch.int64, device=self.device)  # the epoch, see ScratchLearner
         if self._altered:
             self._altered["draw"] = self._draw
+
+    def _distributed(self) -> nn.parallel.DistributedDataParallel:
+        """The model with gradients that are averaged over the processes of the job.
+
+        After the first backward pass gradients are put together in another order, and so are their sums. One pass is
+        made here, so that the first step of a run that is resumed is like all others."""
+        with self.job.peers():
+            parallel = nn.parallel.DistributedDataParallel(self.model)
+            parallel.broadcast_buffers = False  # the running statistics are the same everywhere
+            self.model.eval()
+            parallel(self.images[:1].to(torch.float32)).sum().backward()
+            self.model.train()
+        self.model.zero_grad(set_to_none=True)
+        return parallel
 
     @property
     def parameter_count(self) -> int:
@@ -248,7 +143,7 @@ class TorchLearner:
         for begin in range(first, last, self.chunk_rows):
             end = min(begin + self.chunk_rows, last)
             x, labels = self.gather(self._order[begin:end], **self._altered)
-            with nullcontext() if end == last or self.job.size == 1 else self.parallel.no_sync():
+            with self.job.peers() if end == last or self.job.size == 1 else self.parallel.no_sync():
                 loss = self.forward_loss(x, labels)
                 # The chunk's share of the batch's mean; what the processes have is averaged.
                 loss.backward(loss.new_full((), len(x) * self.job.size / (stop - start)))
@@ -311,7 +206,7 @@ class TorchLearner:
         kept = None if self.averages is None else self._copies()
         self._take(self.averages)
         self.model.eval()
-        for part in index.split(self.chunk_rows):
+        for part in index.split(self.chunk_rows) if len(index) else ():
             x, labels = self.gather(part, **({"noise_sigma": noise_sigma} if noise_sigma else {}))
             logits = self.model(x)
             confusion += torch.bincount(labels * self.classes + logits.argmax(dim=1), minlength=self.classes**2)
