@@ -99,7 +99,7 @@ class Runner:
     """A process that executes the kernels of one CUDA source: see the module's docstring."""
 
     def __init__(self, cuda_source=MODULE, sanitizer: str = "", timeout: float = 300.0):
-        """sanitizer: "", thread, address or undefined; timeout: seconds that one launch may take."""
+        """sanitizer: "", thread, address (where it can be had with undefined) or undefined; timeout: seconds that one launch may take."""
         if sanitizer and sanitizer not in SANITIZERS:
             raise ValueError(f"sanitizer must be one of {', '.join(SANITIZERS)}, got {sanitizer!r}")
         program = build(cuda_source, sanitizer)

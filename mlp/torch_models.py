@@ -1,6 +1,5 @@
 """The models in PyTorch, as the training loop sees them: what ours are compared and timed with, and M2 and M3."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np

@@ -73,11 +73,6 @@ def module_log(architecture):
     return checked(resources.nvrtc_log, source.inlined("module.cu"), architecture)
 
 
-@pytest.mark.parametrize("architecture", cuda.ARCHITECTURES)
-def test_module(architecture):
-    module_log(architecture)
-
-
 def test_an_unknown_architecture_is_an_error_in_words():
     with pytest.raises(pytest.fail.Exception, match="(?i)gpu-architecture|-arch"):
         compiled(source.inlined("module.cu"), *OPTIONS, "-arch=sm_999")

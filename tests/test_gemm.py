@@ -16,7 +16,7 @@ from .checks import EPS, Backend, assert_close, assert_same_bits, to_numpy
 from .gemm_cases import FORMS, LAYERS, ROUND
 
 # Sanitizer, order of blocks and threads, what uninitialised memory holds.
-FLAVOURS = [("thread", 3, 0xFF), ("address", 1, 0x7F), ("undefined", 2, 0x00)]
+FLAVOURS = [("thread", 3, 0xFF), ("address", 1, 0x7F)]  # the latter with UBSan
 
 
 def _bits(backend, listed) -> dict:

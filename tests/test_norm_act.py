@@ -54,7 +54,7 @@ def _backward(form, inputs, activation, p, offset=0, in_place=False, **more):
 
 @pytest.mark.parametrize(("norm", "p"), VARIANTS)
 def test_awkward_shapes(form, rng, norm, p):
-    for B, N in form.shapes:
+    for B, N in form.shapes[:: 4 if p else 1]:  # the reference of dropout is slow
         inputs = norm_inputs(rng, B, N, norm)
         for offset in OFFSETS:
             _forward(form, inputs, "relu", p, offset)

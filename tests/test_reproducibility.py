@@ -17,7 +17,7 @@ from torch import nn
 from kernels import host
 from mlp import blas, checkpoint, data, provenance, verify
 from mlp.device import cpu_name
-from mlp.torch_models import BatchNorm
+from mlp.torch_layers import BatchNorm
 
 from .checks import assert_same_bits
 from .training import ROOT, SCRIPT, environment, train, write_npy

@@ -105,7 +105,7 @@ def test_equal_logits_have_the_loss_of_a_guess(form, value):
 
 def test_probabilities_far_from_1_are_exact(form):
     """exp(-x) / (1 + 2e-9), where CUDA promises 2 units in the last place of exp."""
-    x = np.linspace(20.0, 80.0, 5001, dtype=np.float32)
+    x = np.linspace(20.0, 80.0, 501 if form.name == "simt" else 5001, dtype=np.float32)
     logits, labels = np.stack([0 * x, -x], axis=1), np.zeros(x.size)
     _, dlogits = form.ops.softmax_cross_entropy(form.array(logits), form.array(labels, np.int32), scale=1.0)
     exact = 1.0 / (1.0 + np.exp(x.astype(np.float64)))
