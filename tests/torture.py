@@ -126,14 +126,14 @@ def compare(folder: Path, undisturbed: Path, tally: Tally) -> None:
 
 DATA = "glyphs:4000"
 MODELS = {
-    "m0": "--model m0 --epochs 20",
-    "m1 fused": "--model m1 --fused --epochs 10",
-    "m1 fused, average of parameters": "--model m1 --fused --epochs 8 --ema 0.99 --schedule cosine --warmup 2",
-    "robust fused": "--model robust --fused --dropout 0.1 --epochs 4",
-    "m1 early stopping": "--model m1 --lr 0.01 --patience 2 --epochs 40",
-    "m2": "--model m2 --epochs 10",
-    "m3": "--model m3 --epochs 6",
-    "m2 fused": "--model m2 --fused --epochs 8",
+    "m0": "--model m0 --epochs 120",
+    "m1 fused": "--model m1 --fused --epochs 40 --patience 40",
+    "m1 fused, average of parameters": "--model m1 --fused --epochs 30 --patience 30 --ema 0.99 --schedule cosine --warmup 2",
+    "robust fused": "--model robust --fused --dropout 0.1 --epochs 12",
+    "m1 early stopping": "--model m1 --lr 0.002 --patience 5 --epochs 60",
+    "m2": "--model m2 --epochs 25 --patience 25",
+    "m3": "--model m3 --epochs 12",
+    "m2 fused": "--model m2 --fused --epochs 20 --patience 20",
 }
 
 
