@@ -161,10 +161,12 @@ def kill_runs(kills: int, seed: int) -> list[dict]:
 
 def try_bad_inputs() -> dict:
     """The table of bad inputs: how many were tried, and how many were not answered as they should be."""
-    command = [sys.executable, "-m", "pytest", "-q", "tests/test_bad_input.py"]
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "tests/test_bad_input.py"]
     last = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True).stdout.splitlines()[-1]
     print(f"bad inputs: {last}", flush=True)
     passed, failed = (sum(map(int, re.findall(rf"(\d+) {what}", last))) for what in ("passed", "(?:failed|error)"))
+    if not passed:
+        raise InputError(f"no bad input was tried: {last}")
     return {"trial": "bad inputs", "inputs": passed + failed, "losses": failed}
 
 
@@ -193,11 +195,11 @@ def main(argv=None) -> int:
 
     args.out.mkdir(parents=True, exist_ok=True)
     try:
-        rows = fuzz_readers(args.seconds, args.seed, args.out)
+        rows = [try_bad_inputs(), *fuzz_readers(args.seconds, args.seed, args.out)]
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    rows = [*kill_runs(args.kills, args.seed), try_bad_inputs(), *rows]
+    rows = [*kill_runs(args.kills, args.seed), *rows]
     totals = {name: sum(row.get(name, 0) for row in rows) for name in ("kills", "resumes", "inputs", "executions", "losses")}
     facts = machine.facts(cpu_name(), "cpu")
     machine.write_csv(args.out / "torture.csv", [row | facts for row in (*rows, {"trial": "all"} | totals)])
