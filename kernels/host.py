@@ -28,6 +28,7 @@ _SIGNATURES = {
     "shuffle": [_P, _P, _L, _U, _U, _U],
     "advance": [_P, _L, _P],
     "to_bfloat16": [_P, _P, _L],
+    "kernels_run_blas": [_I, _P, _I, ctypes.c_size_t, _P, _I],
     "batch_norm_stats": [_P, _P, _P, _P, _P, _F, _L, _L],
     "norm_act_": [_P, _P, _P, _P, _P, _F, _P, _L, _L, _U, _F, _U, _U, _F, _U, _U],
     "norm_act_backward_": [_P, _P, _P, _P, _P, _P, _F, _P, _P, _P, _L, _L, _U, _F, _U, _U, _F, _U, _U],
@@ -80,6 +81,26 @@ def share_blas_threads(yes: bool, library: ctypes.CDLL | None = None) -> bool:
             library.kernels_serve_blas(0, 0)
         return yes
     return False
+
+
+_JOB = ctypes.CFUNCTYPE(None, ctypes.c_int, _P, ctypes.c_int)
+
+
+def together(function, count: int) -> None:
+    """Call function() `count` times at once: one time here, the others on this library's threads. An exception is
+    raised here, after all have come to an end."""
+    problems = []
+
+    @_JOB
+    def job(*_):
+        try:
+            function()
+        except BaseException as problem:  # which must not pass through C++
+            problems.append(problem)
+
+    _function("kernels_run_blas")(1, job, count, 0, None, 0)
+    if problems:
+        raise problems[0]
 
 
 def _default_threads() -> int:

@@ -7,8 +7,9 @@ here a product is divided into tiles of rows, always the same ones, and BLAS com
 import itertools
 import os
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -17,8 +18,12 @@ TILE_ROWS = 128  # fewer feed more cores, but each tile reads the other factor a
 SMALLEST = 2**22  # multiplications; what has fewer is one tile
 
 
-def multiply(a, b, out) -> None:
-    """out (M, N) = a (M, K) @ b (K, N). May be called by several threads at once."""
+def multiply(a, b, out, together=None) -> None:
+    """out (M, N) = a (M, K) @ b (K, N). May be called by several threads at once.
+
+    together(function, count): calls a function so many times at once; default: on threads of Python's. Where others
+    wait for work beside them, as those of the kernels do, it should be these.
+    """
     if out.size * len(b) < SMALLEST or len(out) <= TILE_ROWS:
         tiles = [(a, b, out)]
     else:
@@ -26,13 +31,21 @@ def multiply(a, b, out) -> None:
     with _one_thread as had:
         following, errors = itertools.count(), np.geterr()  # which a thread does not inherit
         threads = min(had, len(tiles), _cores())
-        helpers = [_pool().submit(_multiply, tiles, following, errors) for _ in range(threads - 1)]
-        try:
-            _multiply(tiles, following, errors)
-        finally:
-            wait(helpers)  # none of them writes into `out` any more
-        for helper in helpers:
-            helper.result()
+        work = partial(_multiply, tiles, following, errors)
+        if threads == 1:
+            work()
+        else:
+            (together or _together)(work, threads)
+
+
+def _together(function, count) -> None:
+    helpers = [_pool().submit(function) for _ in range(count - 1)]
+    try:
+        function()
+    finally:
+        wait(helpers)  # none of them writes any more
+    for helper in helpers:
+        helper.result()
 
 
 def _multiply(tiles, following, errors) -> None:
@@ -70,6 +83,15 @@ class _OneThread:
 
 
 _one_thread = _OneThread()
+
+
+class Held:
+    """BLAS has one thread as long as this object lives, not only within each product: OpenBLAS's own threads look for
+    work for milliseconds whenever it is given them back, and take the cores from those that have some."""
+
+    def __init__(self):
+        _one_thread.__enter__()
+        weakref.finalize(self, _one_thread.__exit__)
 
 
 @cache

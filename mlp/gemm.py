@@ -28,18 +28,18 @@ class ArrayGemm:
     """The products by `xp.matmul`, xp being NumPy (see blas.py) or CuPy, for any floating dtype.
 
     precision: "fp32", as xp multiplies by itself (CuPy in TF32 if its user has asked it to); or "tf32", for CuPy only,
-    which rounds the factors of float32 products to TF32. InputError where xp or the GPU has no such products.
+    which rounds the factors of float32 products to TF32. together: see blas.multiply. InputError where xp or the GPU has no such products.
     """
 
     captures = False  # CuPy refuses cuBLAS on a stream that captures
 
-    def __init__(self, xp, precision="fp32"):
+    def __init__(self, xp, precision="fp32", together=None):
         check_precision(precision)
         if precision == "bf16":
             raise InputError("bf16 products need a GPU and cuBLASLt; run `pip install nvmath-python`, or take fp32")
         if precision == "tf32" and xp is np:
             raise InputError("tf32 products need a GPU, and NumPy multiplies on the CPU; take fp32")
-        self._xp, self._linalg = xp, None
+        self._xp, self._linalg, self._together = xp, None, together
         if precision == "tf32":
             from cupy._core import _routines_linalg
 
@@ -62,7 +62,7 @@ class ArrayGemm:
 
     def _multiply(self, a, b, out):
         if self._xp is np:
-            blas.multiply(a, b, out)
+            blas.multiply(a, b, out, self._together)
         elif self._linalg is None:
             self._xp.matmul(a, b, out=out)
         else:

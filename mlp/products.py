@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kernels import host
+
 from . import InputError
 from .configs import Config
 from .device import Device
@@ -24,9 +26,9 @@ class Products:
     notice: str = ""
 
     @classmethod
-    def arrays(cls, xp=np) -> "Products":
-        """Products by xp.matmul, in float32."""
-        return cls(ArrayGemm(xp))
+    def arrays(cls, xp=np, together=None) -> "Products":
+        """Products by xp.matmul, in float32; together: see blas.multiply."""
+        return cls(ArrayGemm(xp, together=together))
 
     @property
     def rounds(self) -> bool:
@@ -51,7 +53,7 @@ def select(config: Config, device: Device) -> Products:
         if precision != "fp32" or config.gemm != "auto":
             flag = f"--precision {precision}" if precision != "fp32" else f"--gemm {config.gemm}"
             raise InputError(f"{flag} needs a GPU; leave it out on a CPU")
-        return Products.arrays(device.xp)
+        return Products.arrays(device.xp, host.together if device.fused else None)
     if config.gemm in ("cublaslt", "own") and not device.fused:
         raise InputError(f"--gemm {config.gemm} goes with the fused kernels; give --fused with it")
     if config.gemm == "own" and (config.batch_norm or config.dropout):

@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from . import InputError, faults, forms, memory
+from . import InputError, blas, faults, forms, memory
 from .configs import Config
 from .data import Dataset
 from .device import Device
@@ -45,6 +45,7 @@ class ScratchLearner:
         self.batch_size = config.batch_of(train_rows)
         self.sizes = (data.images.shape[1], *config.hidden, self.classes)
         self.products = products or select(config, device)
+        self._blas = blas.Held() if device.kind == "cpu" else None
         self.job.check_batches(train_rows, self.batch_size)
         workspace = self.products.workspace_bytes
         self.budget = memory.fit(config, device, self.sizes, len(data.labels), self.batch_size, workspace)

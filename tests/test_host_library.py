@@ -1,10 +1,12 @@
 """The compiled CPU library: refused with one sentence where it cannot be right, and safe across fork."""
 
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -177,3 +179,31 @@ def test_a_forked_child_computes_what_its_parent_does(set_threads):
         assert _wait_for(child, 20) == 0
         for actual, reference in zip(_large(), expected, strict=True):
             assert_same_bits(actual, reference)
+
+
+def test_functions_together_run_at_the_same_time():
+    """They wait for each other, which they could not one after another."""
+    barrier, threads = threading.Barrier(3, timeout=30), set()
+
+    def meet():
+        barrier.wait()
+        threads.add(threading.get_ident())
+
+    for _ in range(5):
+        host.together(meet, 3)
+    assert len(threads) >= 3 and threading.get_ident() in threads
+
+
+def test_an_exception_of_one_of_them_is_raised_when_all_are_done():
+    numbers, done = itertools.count(), []
+
+    def fail_once():
+        number = next(numbers)
+        if number == 1:
+            raise ValueError("the second")
+        time.sleep(0.05)
+        done.append(number)
+
+    with pytest.raises(ValueError, match="the second"):
+        host.together(fail_once, 3)
+    assert sorted(done) == [0, 2]

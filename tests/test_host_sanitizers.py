@@ -34,7 +34,9 @@ def _pool(runner, helpers=3):
 
 
 @pytest.mark.parametrize("sanitizer", FLAVOURS)
-def test_the_host_kernels_are_right_and_clean(sanitizer):
+def test_the_host_kernels_are_right_and_clean(sanitizer, every_case):
+    if sanitizer in ("", "undefined") and not every_case:
+        pytest.skip("AddressSanitizer comes with UBSan: give --every-case")
     for helpers, serve_blas, listed in [
         (0, False, cases.representative()),
         (3, True, cases.shared(SHARED)),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -437,3 +438,20 @@ def test_the_noted_revision_is_this_ones(noted):
 def test_the_library_is_built():
     """Or the fused runs above would have failed for another reason."""
     host.check()
+
+
+def test_blas_has_one_thread_as_long_as_a_learner_lives(monkeypatch):
+    """And products by the kernels' threads have the same bits as by Python's."""
+    set_to = []
+    library = SimpleNamespace(get_num_threads=lambda: 3, set_num_threads=set_to.append)
+    monkeypatch.setattr(blas, "_libraries", lambda: [library])
+    monkeypatch.setattr(blas, "_one_thread", blas._OneThread())
+    held = blas.Held()
+    rng = np.random.default_rng(0)
+    a, b = rng.random((500, 300), np.float32), rng.random((300, 200), np.float32)
+    outs = [np.empty((500, 200), np.float32) for _ in range(2)]
+    blas.multiply(a, b, outs[0])
+    blas.multiply(a, b, outs[1], host.together)
+    assert set_to == [1] and outs[0].tobytes() == outs[1].tobytes()
+    del held
+    assert set_to == [1, 3]
