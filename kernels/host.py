@@ -103,10 +103,14 @@ def together(function, count: int) -> None:
         raise problems[0]
 
 
+def cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _default_threads() -> int:
-    """KERNELS_NUM_THREADS, else the number of cores this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    value = os.environ.get("KERNELS_NUM_THREADS", str(cores))
+    """KERNELS_NUM_THREADS, else the number of cores."""
+    value = os.environ.get("KERNELS_NUM_THREADS", str(cores()))
     if not value.isdecimal() or int(value) < 1:
         raise BackendError(f"KERNELS_NUM_THREADS={value!r} is not a positive whole number")
     return int(value)

@@ -6,6 +6,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def one_line(error: BaseException) -> str:
+    """What an exception says, or where it says nothing its name."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class InputError(Exception):
     """Something the user gave cannot be used; the message is one sentence: what, expected, what to do."""
 

@@ -14,6 +14,8 @@ from functools import cache, partial
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from kernels.host import cores
+
 TILE_ROWS = 128  # fewer feed more cores, but each tile reads the other factor anew
 SMALLEST = 2**22  # multiplications; what has fewer is one tile
 
@@ -30,7 +32,7 @@ def multiply(a, b, out, together=None) -> None:
         tiles = [(a[row : row + TILE_ROWS], b, out[row : row + TILE_ROWS]) for row in range(0, len(out), TILE_ROWS)]
     with _one_thread as had:
         following, errors = itertools.count(), np.geterr()  # which a thread does not inherit
-        threads = min(had, len(tiles), _cores())
+        threads = min(had, len(tiles), cores())
         work = partial(_multiply, tiles, following, errors)
         if threads == 1:
             work()
@@ -101,13 +103,8 @@ def _libraries() -> list:
 
 
 @cache
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, _cores() - 1), "tiles")
+    return ThreadPoolExecutor(max(1, cores() - 1), "tiles")
 
 
 if hasattr(os, "register_at_fork"):  # a child has none of the threads

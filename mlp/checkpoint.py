@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import InputError, archive
+from . import InputError, archive, one_line
 from .configs import Config
 
 
@@ -45,7 +45,7 @@ def read(path: Path) -> Checkpoint:
             f"{path} has checkpoint format {error}; this version reads format {archive.FORMAT} and older ones"
         ) from None
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise InputError(f"{path} is not a readable checkpoint ({reason}); give the one a run wrote") from None
 
 

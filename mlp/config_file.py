@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import get_args, get_origin
 
-from . import InputError
+from . import InputError, one_line
 from .configs import Config
 
 
@@ -28,7 +28,7 @@ def read(path: Path) -> dict:
     except OSError as error:
         raise InputError(f"--config {path} cannot be read ({error.strerror}); give the best.json of a search") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise InputError(
             f'--config {path} is not a configuration ({reason}), expected JSON such as {{"config": {{"lr": 0.002}}}}; '
             "give the best.json of a search"

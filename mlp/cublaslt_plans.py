@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import InputError
+from . import InputError, one_line
 
 SLACK = 256  # bytes of workspace: nvmath-python gives algorithms with an epilogue 16 more than they ask for
 _WIDEST = 256  # bytes: cuBLASLt tells no wider alignments apart
@@ -93,7 +93,7 @@ class Library:
         try:
             self._handle = self._keep(self._lt.create(), self._lt.destroy)
         except (RuntimeError, self._lt.cuBLASLtError) as error:
-            reason = _line(error)
+            reason = one_line(error)
             raise InputError(f"cuBLASLt cannot be used ({reason}); try `pip install 'cupy-cuda12x[ctk]'`") from None
 
     def version(self) -> str:
@@ -159,7 +159,7 @@ class Library:
         """What an error says that is about one algorithm or problem; any other is raised."""
         if error.status not in (_INVALID_VALUE, _NOT_SUPPORTED):
             raise error
-        return _line(error)
+        return one_line(error)
 
     def _preference(self, a, b, d):
         """What an algorithm must keep to; a, b, d: the alignments of the matrices."""
@@ -197,7 +197,7 @@ def _bindings():
     try:
         from nvmath.bindings import cublas, cublasLt
     except ImportError as error:
-        reason = _line(error)
+        reason = one_line(error)
         raise InputError(
             f"products by cuBLASLt need nvmath-python ({reason}); run `pip install nvmath-python`"
         ) from None
@@ -208,7 +208,3 @@ def _destroy(made):
     while made:
         destroy, pointer = made.pop()
         destroy(pointer)
-
-
-def _line(error) -> str:
-    return " ".join(str(error).split())

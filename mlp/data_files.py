@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlp import InputError
+from mlp import InputError, one_line
 
 SIDE = 28
 PIXELS = SIDE * SIDE
@@ -96,7 +96,7 @@ def read_npy(image_path: Path, label_path: Path) -> tuple[np.ndarray, np.ndarray
         except InputError:
             raise
         except Exception as error:  # damaged headers raise nearly anything in NumPy's parser
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error)
             raise InputError(f"{path} is not a plain .npy array ({reason}); save it again") from None
     images, labels = arrays
     if images.dtype != np.uint8 or images.shape[1:] not in ((SIDE, SIDE), (PIXELS,)):

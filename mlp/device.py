@@ -9,7 +9,7 @@ import numpy as np
 import kernels
 from kernels import BackendError, plain
 
-from . import InputError
+from . import InputError, one_line
 from .distributed import is_job, own_gpu
 
 
@@ -81,7 +81,7 @@ def _gpu(fused: bool) -> Device:
         one = cupy.ones((1, 1))
         (one @ one).sum().item()  # a kernel and a matrix product: finds CUDA libraries that are missing or do not fit
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise InputError(
             f"the GPU cannot be used ({reason}); try `pip install 'cupy-cuda12x[ctk]'`, or give --device cpu"
         ) from None

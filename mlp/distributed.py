@@ -10,7 +10,9 @@ from contextlib import contextmanager, nullcontext
 
 import numpy as np
 
-from . import InputError, LostProcess
+from kernels.host import cores
+
+from . import InputError, LostProcess, one_line
 
 LOST = "a process of this job has ended, so this one does, too; the run goes on from its checkpoint with --resume"
 
@@ -96,7 +98,7 @@ class TorchJob(Job):
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self._gpus else "gloo")
         except (RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise InputError(f"the processes of this job do not find each other ({reason}); start it again") from None
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
@@ -224,7 +226,7 @@ def join(kind: str) -> Job:
     KERNELS_NUM_THREADS, unless the user has done so."""
     if not is_job():
         return Job()
-    os.environ.setdefault("KERNELS_NUM_THREADS", str(max(1, _cores() // processes_here())))
+    os.environ.setdefault("KERNELS_NUM_THREADS", str(max(1, cores() // processes_here())))
     try:
         return TorchJob(kind)
     except ImportError as error:
@@ -249,10 +251,6 @@ def is_first() -> bool:
 def processes_here() -> int:
     """How many processes of the job share this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_job() else 1
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _tried(function) -> tuple:

@@ -32,9 +32,9 @@ def locate(learner, index, config: Config, progress: Progress) -> str:
     n, batch = len(index), learner.batch_size
     learner.begin_epoch(index, progress.epoch)
     before = progress.state
+    learner.load_state(before)
     for start in range(progress.done, n, batch):
         stop, lr = min(start + batch, n), rate_at(config, progress.epoch, start, n, batch)
-        learner.load_state(before)
         learner.train_step(start, stop, lr)
         if learner.job.any(not learner.is_finite()):
             learner.load_state(before)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import InputError
+from . import InputError, one_line
 
 LARGEST = 1000  # pixels of the longer side; larger pictures are reduced, which averages their noise away, too
 
@@ -31,7 +31,7 @@ def read(path: Path) -> np.ndarray:
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give the name of a picture") from None
     except Exception as error:  # damaged bytes raise nearly anything in the decoders
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise InputError(f"{path} is not a readable picture ({reason}); give a PNG, a JPEG or the like") from None
     return _opaque(pixels[..., :3], pixels[..., 3])
 

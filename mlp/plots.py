@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import InputError
+from . import InputError, one_line
 from .evaluate import Evaluation
 from .files import replacing
 from .progress import EpochRow
@@ -27,7 +27,7 @@ def save(figure, path: Path) -> None:
         with replacing(path, durable=False) as file:
             figure.savefig(file, dpi=120, format=path.suffix[1:] or "png")
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise InputError(f"{path} cannot be written ({reason}); give another name, such as picture.png") from None
 
 

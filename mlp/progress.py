@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from . import InputError, archive
+from . import InputError, archive, one_line
 from .configs import Config
 from .flags import Interval
 
@@ -100,7 +100,7 @@ class Keeper:
                 "resume the run with the version that wrote it"
             ) from None
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error)
             raise InputError(
                 f"{self.path} is not a readable checkpoint ({reason}); delete it to begin the run again from the start"
             ) from None

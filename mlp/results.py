@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from . import InputError
+from . import InputError, one_line
 
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 # What of config.json does not make a run another experiment: the seed, and how the same data, the same results and the
@@ -117,7 +117,7 @@ def _read(folder: Path) -> Run:
         name = Path(error.filename).name
         raise InputError(f"{folder} is not a finished run: it has no {name}; let it end, or leave it out") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise InputError(f"{folder} is damaged or not a run of this program ({reason}); leave it out") from None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from . import InputError
+from . import InputError, one_line
 from .configs import Config
 from .checkpoint import config_of
 from .files import file_name, make_folder, replace_text
@@ -73,7 +73,7 @@ def read_config(folder: Path) -> tuple[Config, dict]:
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
     except (ValueError, KeyError, TypeError, AttributeError, InputError, RecursionError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise InputError(f"{path} is damaged or of another version ({reason}); begin a new run") from None
 
 
@@ -84,7 +84,7 @@ def outcome(folder: Path) -> str:
     except FileNotFoundError:
         return ""
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{folder / 'metrics.json'} is damaged ({' '.join(str(error).split())}); delete it") from None
+        raise InputError(f"{folder / 'metrics.json'} is damaged ({one_line(error)}); delete it") from None
 
 
 def write_json(path: Path, content: dict) -> None:

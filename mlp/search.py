@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import optuna
 
+from kernels.host import cores
+
 from . import InputError, data
 from .configs import Config
 from .distributed import is_job
@@ -143,7 +145,7 @@ def _refuse(search, jobs, of_one_run) -> None:
             raise InputError(f"{flag} {number} is not possible; give a whole number of at least 1")
     for name, value in of_one_run.items():
         if value:
-            raise InputError(f"--{name} belongs to a single training; leave it or --search out")
+            raise InputError(f"--{name.replace('_', '-')} belongs to a single training; leave it or --search out")
 
 
 def _search(study, file, trials, jobs, objective) -> int:
@@ -167,9 +169,8 @@ def _search(study, file, trials, jobs, objective) -> int:
 
 def _in_processes(file, trials, jobs, space, progress) -> int:
     """Share the cores and the trials among `jobs` processes; the first status that is not 0."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for variable in THREAD_VARIABLES:  # before they import NumPy
-        os.environ.setdefault(variable, str(max(1, cores // jobs)))
+        os.environ.setdefault(variable, str(max(1, cores() // jobs)))
     context = multiprocessing.get_context("spawn")  # a fork would share threads and the GPU
     lifeline, held = context.Pipe(duplex=False)  # at its end when this process closes it or dies
     workers = [context.Process(target=_work, args=(file, trials, space, lifeline)) for _ in range(jobs)]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import InputError, checkpoint, provenance, run_folder
+from . import InputError, checkpoint, one_line, provenance, run_folder
 from .distributed import is_first
 
 TIMES = ("seconds", "seconds_per_epoch", "images_per_second")
@@ -28,7 +28,7 @@ def run(args) -> int:
     config, content = run_folder.read_config(folder)
     if (outcome := run_folder.outcome(folder)) not in ("finished", "stopped early", "diverged"):
         raise InputError(f"{folder} holds a run that was not ended; go on with it by train.py --resume {folder}")
-    _read(folder)  # what is damaged is told before an hour of training
+    epochs = len(_read(folder)[HISTORY])  # what is damaged is told before an hour of training
     with tempfile.TemporaryDirectory(prefix="verify-") as place:
         again = Path(place) / "again"
         with _beside_the_answer(), _threads_of_torch(content):
@@ -39,9 +39,8 @@ def run(args) -> int:
             raise InputError(f"{folder} cannot be verified: making it again ended with status {status}")
         changed = provenance.differences(content, run_folder.read_config(again)[1])
         found = differences(folder, again)
-    rows = len(_read(folder)[HISTORY])
     if not found:
-        print(f"{folder} is reproduced bit for bit: {rows} epochs, metrics, confusion matrix and parameters")
+        print(f"{folder} is reproduced bit for bit: {epochs} epochs, metrics, confusion matrix and parameters")
         return 0
     for line in found:
         print(f"differs: {line}")
@@ -112,7 +111,7 @@ def _read(folder: Path) -> dict[str, dict]:
         with open(folder / CONFUSION, newline="") as file:
             confusion = {f"row {row[0]}": row[1:] for row in csv.reader(file)}
     except (OSError, csv.Error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise InputError(f"{folder} is damaged or not a finished run ({reason}); begin a new run") from None
     model = checkpoint.read(folder / CHECKPOINT)
     about = {"class_names": model.class_names, "data_name": model.data_name, **asdict(model.config)}

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from result_files import COLUMNS
 
+from kernels.host import cores
+
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ("kernels", "mlp", "CMakeLists.txt", "profile/*.py")  # what a revision stands for
 
@@ -20,9 +22,8 @@ def facts(name: str, kind: str) -> dict:
 
     A revision ends in + where the kernels, mlp or the scripts differ from the commit.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "device": name, "cores": cores, "driver": "" if kind == "cpu" else _driver(), "versions": _versions(),
+        "device": name, "cores": cores(), "driver": "" if kind == "cpu" else _driver(), "versions": _versions(),
         "date": date.today().isoformat(), "revision": _revision(),
     }  # fmt: skip
 

@@ -90,6 +90,7 @@ MISTAKES = [
     (("--config", "a-file"), "--config a-file"),
     (("--search", "many"), "--search"),
     (("--jobs", "2"), "--search"),
+    (("--search", "2", "--checkpoint-every", "5s"), "--checkpoint-every belongs to a single training"),
     (("--search", "2", *GOOD, "--study", "a-file"), "--study a-file"),
     ((*GOOD, "--out", "a-file/below"), "--out a-file/below"),
     ((*GOOD, "--out", "a-file"), "--out a-file"),

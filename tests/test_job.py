@@ -239,7 +239,7 @@ def test_arrays_on_a_gpu_need_a_torch_that_can_send_them():
 @pytest.mark.parametrize("given", (None, "7"))
 def test_the_processes_share_the_cores(monkeypatch, of_a_job, given):
     monkeypatch.setattr(distributed, "TorchJob", lambda kind: kind)
-    monkeypatch.setattr(distributed, "_cores", lambda: 8)
+    monkeypatch.setattr(distributed, "cores", lambda: 8)
     monkeypatch.setenv("KERNELS_NUM_THREADS", given or "")
     if given is None:
         monkeypatch.delenv("KERNELS_NUM_THREADS")

@@ -115,7 +115,7 @@ def blas_threads():
 @pytest.fixture
 def four_cores(monkeypatch):
     """As many helpers as a machine with four cores has."""
-    monkeypatch.setattr(blas, "_cores", lambda: 4)
+    monkeypatch.setattr(blas, "cores", lambda: 4)
     with ThreadPoolExecutor(3) as pool:
         monkeypatch.setattr(blas, "_pool", lambda: pool)
         yield pool
@@ -264,7 +264,7 @@ def test_a_product_while_another_one_is_computed(monkeypatch):
     """The inner one ends first and leaves BLAS its one thread."""
     library, matmul = Library(2), np.matmul
     monkeypatch.setattr(blas, "_libraries", lambda: [library])
-    monkeypatch.setattr(blas, "_cores", lambda: 1)
+    monkeypatch.setattr(blas, "cores", lambda: 1)
     after = []
 
     def nested(a, b, out):
@@ -305,7 +305,7 @@ from mlp import blas
 class Two:
     def get_num_threads(self): return 2
     def set_num_threads(self, number): pass
-blas._libraries, blas._cores = lambda: [Two()], lambda: 2
+blas._libraries, blas.cores = lambda: [Two()], lambda: 2
 a, out = np.ones((512, 512), np.float32), np.empty((512, 512), np.float32)
 warnings.simplefilter("ignore")
 blas.multiply(a, a, out)

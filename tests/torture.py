@@ -91,9 +91,7 @@ def torment(arguments, cwd: Path, name: str, kills: int, rng: random.Random, tal
     when its training begins. What is lost or cannot be read is added to tally.losses."""
     folder, over, dead = cwd / name, False, 0
     while not over and dead < kills:
-        begun = (folder / "config.json").exists()
-        command = ["--resume", folder] if begun else [*arguments, "--out", folder]
-        tally.resumes += begun
+        command = _next(arguments, folder, tally)
         from_start = rng.random() < 0.15
         over, output = killed(command, cwd, rng.uniform(0, 0.8 if from_start else seconds), from_start)
         if not over:
@@ -103,13 +101,18 @@ def torment(arguments, cwd: Path, name: str, kills: int, rng: random.Random, tal
         tally.losses += [f"{name}: {fault}" for fault in check_readable(folder)]
     tally.kills += dead
     if not over:
-        begun = (folder / "config.json").exists()
-        run_to_the_end(["--resume", folder] if begun else [*arguments, "--out", folder], cwd)
-        tally.resumes += begun
+        run_to_the_end(_next(arguments, folder, tally), cwd)
     tally.finished += 1
     left = [path.name for path in folder.iterdir() if path.suffix == ".part" or path.name == STATE]
     tally.losses += [f"{name}: {file} was left behind" for file in left]
     return folder
+
+
+def _next(arguments, folder: Path, tally: Tally) -> list:
+    """What begins the run, or goes on with it where it has begun."""
+    begun = (folder / "config.json").exists()
+    tally.resumes += begun
+    return ["--resume", folder] if begun else [*arguments, "--out", folder]
 
 
 def _trained(folder: Path) -> bool:
