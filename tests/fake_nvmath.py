@@ -251,7 +251,12 @@ def install(monkeypatch, cupy, capability="90") -> Library:
         start = -raw.ctypes.data % _ALIGNED
         return raw[start : start + count].view(dtype).reshape(shape).view(stand_in_gpu.Array)
 
-    device = cupy.cuda.Device
+    def ones(shape, dtype=np.float64):
+        array = empty(shape, dtype)
+        array[...] = 1
+        return array
+
+    cupy.ones, device = ones, cupy.cuda.Device
     cupy.empty, cupy.cuda.Stream, cupy.cuda.get_current_stream = empty, stream, lambda: cupy.current[-1]
     cupy.cuda.Device = lambda: SimpleNamespace(**vars(device()), compute_capability=capability)
     library = Library(cupy)
